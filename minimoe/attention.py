@@ -1,0 +1,98 @@
+"""Causal attention with grouped key/value heads, and the cache that makes decoding cheap (chapter 3).
+
+Shapes: B batch, T new positions, S positions seen so far (cache and new), D model width, H query heads, G key/value
+heads (G divides H; G = H is multi-head, G = 1 multi-query), C features of one head, L layers.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimoe.config import ModelConfig
+from minimoe.norm import RMSNorm
+from minimoe.rope import apply_rope
+
+
+class KVCache:
+    """Keys and values of all layers for a batch of sequences that may have different lengths.
+
+    >>> cache = KVCache(ModelConfig(dim=8, n_layers=1, n_heads=2, max_seq_len=4), batch_size=2)
+    >>> cache.k_LBGSC.shape, cache.lengths
+    (torch.Size([1, 2, 2, 4, 4]), [0, 0])
+    """
+
+    def __init__(self, cfg: ModelConfig, batch_size: int, max_len: int | None = None,
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        shape = (cfg.n_layers, batch_size, cfg.kv_heads, max_len or cfg.max_seq_len, cfg.head_size)
+        self.k_LBGSC = torch.zeros(shape, device=device, dtype=dtype)
+        self.v_LBGSC = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = [0] * batch_size        # on the host: reading them never waits for a device
+
+    def write(self, layer: int, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores T new positions after each row's own end; returns all keys and values up to the longest row."""
+        t, end = k_BGTC.shape[2], max(self.lengths) + k_BGTC.shape[2]
+        k_BGSC, v_BGSC = self.k_LBGSC[layer], self.v_LBGSC[layer]
+        if end > k_BGSC.shape[2]:
+            raise ValueError(f"cache holds {k_BGSC.shape[2]} positions, {end} are needed: make it longer, or crop the prompt")
+        if min(self.lengths) == max(self.lengths):
+            k_BGSC[:, :, end - t:end], v_BGSC[:, :, end - t:end] = k_BGTC, v_BGTC
+        else:
+            for b, n in enumerate(self.lengths):
+                k_BGSC[b, :, n:n + t], v_BGSC[b, :, n:n + t] = k_BGTC[b], v_BGTC[b]
+        return k_BGSC[:, :, :end], v_BGSC[:, :, :end]
+
+    def advance(self, counts: list[int]) -> None:
+        """Moves each row's end on by its number of real (not padding) new tokens; call once, after the last layer."""
+        self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+
+
+def causal_mask(lengths: list[int], t: int, device: torch.device | str = "cpu") -> Tensor:
+    """(B, 1, T, S) bool: new position i of a row that holds n tokens sees positions 0 ... n + i.
+
+    >>> causal_mask([0, 1], 2).int().tolist()
+    [[[[1, 0, 0], [1, 1, 0]]], [[[1, 1, 0], [1, 1, 1]]]]
+    """
+    last_BT = torch.tensor(lengths, device=device)[:, None] + torch.arange(t, device=device)
+    return (torch.arange(max(lengths) + t, device=device) <= last_BT[..., None])[:, None]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions (Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023).
+
+    `forward(x_BTD, cos, sin)` gives (B, T, D). With a cache the keys and values of earlier calls are used too.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.n_heads, self.kv_heads, self.head_dim = cfg.n_heads, cfg.kv_heads, cfg.head_size
+        self.q = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_size, bias=False)
+        self.k = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_size, bias=False)
+        self.v = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_size, bias=False)
+        self.o = nn.Linear(cfg.n_heads * cfg.head_size, cfg.dim, bias=False)
+        self.q_norm = RMSNorm(cfg.head_size, cfg.norm_eps) if cfg.qk_norm == "head" else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_size, cfg.norm_eps) if cfg.qk_norm == "head" else nn.Identity()
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        b, t, _ = x_BTD.shape
+        q_BHTC = self.q_norm(self.q(x_BTD).view(b, t, self.n_heads, self.head_dim)).transpose(1, 2)
+        k_BGTC = self.k_norm(self.k(x_BTD).view(b, t, self.kv_heads, self.head_dim)).transpose(1, 2)
+        v_BGTC = self.v(x_BTD).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        q_BHTC, k_BGTC = apply_rope(q_BHTC, cos, sin), apply_rope(k_BGTC, cos, sin)
+        if cache is None or max(cache.lengths) == 0:
+            if cache is not None:
+                cache.write(layer, k_BGTC, v_BGTC)
+            y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, is_causal=True,
+                                                    enable_gqa=self.n_heads != self.kv_heads)
+        else:
+            y_BHTC = self._with_cache(q_BHTC, *cache.write(layer, k_BGTC, v_BGTC), cache.lengths)
+        return self.o(y_BHTC.transpose(1, 2).reshape(b, t, -1))
+
+    def _with_cache(self, q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, lengths: list[int]) -> Tensor:
+        b, h, t, c = q_BHTC.shape
+        if t == 1:      # one new token: fold each key head's queries into the length axis, so nothing is repeated
+            mask = None if min(lengths) == max(lengths) else causal_mask(lengths, 1, q_BHTC.device)
+            y = F.scaled_dot_product_attention(q_BHTC.view(b, self.kv_heads, -1, c), k_BGSC, v_BGSC, attn_mask=mask)
+            return y.view(b, h, 1, c)
+        return F.scaled_dot_product_attention(q_BHTC, k_BGSC, v_BGSC, attn_mask=causal_mask(lengths, t, q_BHTC.device),
+                                              enable_gqa=h != self.kv_heads)

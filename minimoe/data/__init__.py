@@ -1,0 +1,1 @@
+"""Text to batches: corpora -> tokenizer -> mixture (counted in tokens) -> loader (chapter 9)."""

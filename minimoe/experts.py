@@ -1,0 +1,138 @@
+"""Experts, and how tokens get to them and back (chapter 5).
+
+Shapes: N tokens, D model width, E experts, K choices per token, H hidden size of one expert, P = pairs of a token and
+an expert that it is really sent to (N x K less what was dropped).
+
+    x_ND --take the rows, sorted by expert--> x_PD --each expert on its own rows--> y_PD --add up by token--> y_ND
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimoe.config import ModelConfig
+from minimoe.router import Router, Routing
+
+
+class FeedForward(nn.Module):
+    """Dense SwiGLU layer, (..., D) to (..., D): what an expert is, for all tokens (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts as two stacked tensors. `forward(x_ND, routing)` gives (N, D):
+
+        y[n] = sum over kept k of  weights[n, k] * expert[experts[n, k]](x[n])
+
+    A dropped choice contributes exactly zero. `dispatch` is "grouped" (one matrix product for all experts), "loop"
+    (one expert after the other) or "auto" (grouped where it can run).
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.dispatch = cfg.dispatch
+        self.w13_ED2H = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim, 2 * cfg.expert_hidden))
+        self.w2_EHD = nn.Parameter(torch.empty(cfg.n_experts, cfg.expert_hidden, cfg.dim))
+
+    def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        w13_ED2H, w2_EHD, dtype = self.w13_ED2H, self.w2_EHD, x_ND.dtype
+        if torch.is_autocast_enabled(x_ND.device.type):        # grouped_mm does not know autocast: cast by hand
+            dtype = torch.get_autocast_dtype(x_ND.device.type)
+            w13_ED2H, w2_EHD = w13_ED2H.to(dtype), w2_EHD.to(dtype)
+        grouped = self.dispatch != "loop" and (reason := cannot_group(w13_ED2H, w2_EHD)) is None
+        if self.dispatch == "grouped" and not grouped:
+            raise ValueError(f'dispatch="grouped" cannot run here: {reason}; use dispatch="auto"')
+        round_to = 64 if grouped and x_ND.device.type == "cpu" and dtype == torch.bfloat16 else 1
+        token_P, weight_P, counts_E = sort_by_expert(routing, w13_ED2H.shape[0], round_to)
+        x_PD = x_ND.to(dtype)[token_P]
+        run = grouped_swiglu if grouped else loop_swiglu
+        y_PD = run(x_PD, weight_P.to(dtype), counts_E, w13_ED2H, w2_EHD)
+        return torch.zeros_like(x_ND).index_add(0, token_P, y_PD.to(x_ND.dtype))
+
+
+def sort_by_expert(routing: Routing, n_experts: int, round_to: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept pairs in the order of their experts: token (P,), weight (P,), rows per expert (E,).
+
+    `round_to` fills each expert's rows up to a multiple with pairs of weight zero: oneDNN prepares a kernel for every
+    new number of rows in bfloat16, and few different numbers are what makes it fast.
+
+    >>> from minimoe.router import softmax_topk
+    >>> r = softmax_topk(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 1.0]]), k=1)
+    >>> [t.tolist() for t in sort_by_expert(r, 2)]
+    [[1, 0, 2], [1.0, 1.0, 1.0], [1, 2]]
+    """
+    k = routing.experts.shape[1]
+    expert_P, weight_P = routing.experts.flatten(), routing.weights.flatten()
+    pair_P = torch.arange(expert_P.numel(), device=expert_P.device)
+    if not routing.kept.all():
+        pair_P = routing.kept.flatten().nonzero().squeeze(1)
+        expert_P, weight_P = expert_P[pair_P], weight_P[pair_P]
+    order_P = expert_P.argsort(stable=True)
+    counts_E = torch.bincount(expert_P, minlength=n_experts)
+    token_P, weight_P = pair_P[order_P] // k, weight_P[order_P]
+    if round_to == 1:
+        return token_P, weight_P, counts_E
+    filled_E = (counts_E + round_to - 1) // round_to * round_to
+    shift_E = (filled_E - counts_E).cumsum(0) - (filled_E - counts_E)         # how far each expert's rows move back
+    place_P = torch.arange(token_P.numel(), device=token_P.device) + shift_E[expert_P[order_P]]
+    size = int(filled_E.sum())
+    return (token_P.new_zeros(size).index_copy(0, place_P, token_P),
+            weight_P.new_zeros(size).index_copy(0, place_P, weight_P), filled_E)
+
+
+def loop_swiglu(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_ED2H: Tensor, w2_EHD: Tensor) -> Tensor:
+    """The reference: each expert in turn, on its own block of rows. (P, D) to (P, D)."""
+    parts = []
+    blocks = x_PD.split(counts_E.tolist()), weight_P.split(counts_E.tolist()), w13_ED2H.unbind(0), w2_EHD.unbind(0)
+    for x, weight, w13, w2 in zip(*blocks):
+        gate, up = (x @ w13).chunk(2, dim=-1)
+        parts.append((F.silu(gate) * up * weight[:, None]) @ w2)
+    return torch.cat(parts)
+
+
+def grouped_swiglu(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_ED2H: Tensor, w2_EHD: Tensor) -> Tensor:
+    """The same in two grouped matrix products. The weight goes on the hidden values: H is smaller than what the
+    output would need, and the down projection is linear, so the result is the same. (P, D) to (P, D)."""
+    ends_E = counts_E.cumsum(0).int()
+    gate, up = F.grouped_mm(x_PD, w13_ED2H, offs=ends_E).chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate) * up * weight_P[:, None], w2_EHD, offs=ends_E)
+
+
+def cannot_group(w13_ED2H: Tensor, w2_EHD: Tensor) -> str | None:
+    """Why `torch.nn.functional.grouped_mm` cannot run on these weights, or None where it can."""
+    if w13_ED2H.device.type not in ("cpu", "cuda"):
+        return f"no grouped_mm on {w13_ED2H.device.type}"
+    if w13_ED2H.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no grouped_mm for {w13_ED2H.dtype}"
+    if any(size * w13_ED2H.element_size() % 16 for size in (*w13_ED2H.shape[1:], *w2_EHD.shape[1:])):
+        return f"rows of {tuple(w13_ED2H.shape[1:])} or {tuple(w2_EHD.shape[1:])} are not a multiple of 16 bytes"
+    return None
+
+
+class MoE(nn.Module):
+    """A whole MoE layer: the router chooses, the experts work, shared experts see every token.
+
+    `forward(x_ND, token_ids_N, row_N)` gives (N, D) and the `Routing`.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.router = Router(cfg)
+        self.experts = Experts(cfg)
+        self.shared = FeedForward(cfg.dim, cfg.n_shared_experts * cfg.expert_hidden) if cfg.n_shared_experts else None
+
+    def forward(self, x_ND: Tensor, token_ids_N: Tensor, row_N: Tensor) -> tuple[Tensor, Routing]:
+        routing = self.router(x_ND, token_ids_N, row_N)
+        y_ND = self.experts(x_ND, routing)
+        if self.shared is not None:
+            y_ND = y_ND + self.shared(x_ND)
+        return y_ND, routing

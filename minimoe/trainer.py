@@ -1,0 +1,242 @@
+"""The training loop: one for every device (chapter 8).
+
+Shapes: B sequences, T tokens each.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from minimoe import balance
+from minimoe.checkpoint import Run, save, save_weights
+from minimoe.config import Config, DataConfig, GenerateConfig, TrainConfig
+from minimoe.data.loader import TextData, load_data
+from minimoe.data.tokenizer import Tokenizer
+from minimoe.device import choose, tune_cpu
+from minimoe.experts import MoE
+from minimoe.model import MoETransformer
+from minimoe.settings import ConfigError
+
+
+class Trainer:
+    """Trains a model and leaves a run folder.
+
+    `data` is a corpus name, a `DataConfig`, a `TextData`, or any map-style dataset of (inputs, targets), each (T,) int64
+    with targets already shifted. `fit()` returns the `Run`. Raises ConfigError before the first step for settings that
+    do not fit together. `on_step(trainer, row)` is called after each logged row.
+    """
+
+    def __init__(self, model: MoETransformer, train: TrainConfig, data: object = "pydocs", *, out: str | Path | None = None,
+                 tokenizer: Tokenizer | None = None, generate: GenerateConfig | None = None,
+                 on_step: Callable[[Trainer, dict], None] | None = None, progress: bool = True):
+        self.cfg, self.out, self.on_step, self.progress = train, Path(out) if out else None, on_step, progress
+        self.choice = choose(train.device, train.dtype, train.threads, model.cfg)
+        tune_cpu(train.threads and self.choice.threads)
+        self.data, data_cfg = _as_data(data, tokenizer, model.cfg.vocab_size)
+        self.tokenizer = getattr(self.data, "tokenizer", tokenizer)
+        if self.tokenizer is not None and self.tokenizer.vocab_size > model.cfg.vocab_size:
+            raise ConfigError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model's vocab_size is "
+                              f"{model.cfg.vocab_size}: raise vocab_size, or leave it null")
+        self.seq_len = train.seq_len or model.cfg.max_seq_len
+        if self.seq_len > model.cfg.max_seq_len:
+            raise ConfigError(f"seq_len={self.seq_len} is more than max_seq_len={model.cfg.max_seq_len}")
+        self.config = Config(model=model.cfg, train=train, data=data_cfg, generate=generate or GenerateConfig())
+        self.model = model.to(self.choice.device)
+        self.optimizer = make_optimizer(self.model, train)
+        self.step, self.best, self.seconds, self.rows = 0, math.inf, 0.0, []
+
+    def fit(self) -> Run:
+        """Runs to the last step; the weights with the lowest held-out loss are what the run folder keeps."""
+        if self.out:
+            save(self.out, self.model, self.tokenizer, self.config)
+            (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
+        cfg, since = self.cfg, []
+        bar = tqdm(total=cfg.steps, disable=None if self.progress else True, unit="step", dynamic_ncols=True)
+        while self.step < cfg.steps:
+            started = time.perf_counter()
+            losses, routing_stats = self.train_step()
+            self.seconds += time.perf_counter() - started
+            since.append(losses)
+            last = self.step == cfg.steps
+            evaluate_now = last or (cfg.eval_every and self.step % cfg.eval_every == 0)
+            if self.step % cfg.log_every == 0 or evaluate_now:
+                row = self._row(since, routing_stats)
+                since = []
+                if evaluate_now and self.held_out is not None:
+                    row |= self.evaluate()
+                    self._keep_best(row["val_ce"])
+                self._log(row)
+                bar.set_postfix_str(f"loss {row['ce']:.3f}" + (f" held-out {row['val_bpb']:.3f} bpb" if "val_bpb" in row
+                                                               else "") + f", {row['tokens'] / row['seconds']:,.0f} tokens/s")
+            bar.update()
+        bar.close()
+        if self.out and self.held_out is None:
+            save_weights(self.out / "model.safetensors", self.model)
+        return Run(self.model.eval(), self.tokenizer, self.config, self.out)
+
+    def train_step(self) -> tuple[dict[str, float], list[dict]]:
+        """One update; returns the raw losses and the routing statistics of each MoE layer."""
+        cfg, model = self.cfg, self.model.train()
+        torch.manual_seed(cfg.seed * 1_000_003 + self.step)      # dropout and noise: a function of (seed, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.lr * lr_scale(self.step, cfg)
+        micro = [self._batch(self.step * cfg.accumulate + i) for i in range(cfg.accumulate)]
+        n_targets = sum(int((targets != -100).sum()) for _, targets in micro)
+        total: dict[str, float] = {}
+        for inputs_BT, targets_BT in micro:
+            with self.choice.autocast():
+                out = model(inputs_BT, targets_BT)
+            # ce is a mean over this batch's targets: weigh it by their number; balancing losses by the batches
+            share = int((targets_BT != -100).sum()) / max(1, n_targets)
+            extra = out.loss - out.losses["ce"]
+            (out.losses["ce"] * share + extra / cfg.accumulate).backward()
+            for name, value in out.losses.items():
+                weight = share if name == "ce" else 1 / cfg.accumulate
+                total[name] = total.get(name, 0.0) + value.item() * weight
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        if not math.isfinite(norm.item()):
+            raise FloatingPointError(f"step {self.step}: the gradient is not finite (loss {total['ce']:.3f}); "
+                                     "lower lr, or use dtype: float32")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        moe_layers = [m for m in model.modules() if isinstance(m, MoE)]
+        for layer, routing in zip(moe_layers, out.routing):
+            if model.cfg.balance == "bias":
+                balance.update_bias(layer.router.bias_E, balance.load_counts(routing), model.cfg.bias_speed)
+        self.step += 1
+        return total | {"grad_norm": norm.item()}, [balance.statistics(r) for r in out.routing]
+
+    @property
+    def held_out(self) -> np.ndarray | None:
+        if not isinstance(self.data, TextData) or not self.data.held_out:
+            return None
+        if not hasattr(self, "_held_out"):
+            self._held_out = self.data.held_out_tokens()
+        return self._held_out
+
+    def evaluate(self) -> dict[str, float]:
+        """Cross-entropy per token and bits per byte of the whole held-out text."""
+        n_bytes = sum(len(d.text.encode()) for d in self.data.held_out)
+        with self.choice.autocast():
+            total, count = held_out_loss(self.model, self.held_out, self.seq_len, self.cfg.batch_size)
+        return {"val_ce": round(total / count, 5), "val_bpb": round(total / math.log(2) / n_bytes, 5)}
+
+    def _batch(self, index: int) -> tuple[Tensor, Tensor]:
+        b = self.cfg.batch_size
+        if isinstance(self.data, TextData):
+            inputs_BT, targets_BT = self.data.mixture.batch(index, b, self.seq_len, self.cfg.seed)
+        else:
+            n = len(self.data)
+            picks = []
+            for i in range(index * b, index * b + b):
+                order = np.random.Generator(np.random.Philox((self.cfg.seed << 32) + i // n)).permutation(n)
+                picks.append(self.data[int(order[i % n])])
+            inputs_BT, targets_BT = (torch.stack([torch.as_tensor(p[j]) for p in picks]) for j in (0, 1))
+        return inputs_BT.to(self.choice.device), targets_BT.to(self.choice.device)
+
+    def _row(self, since: list[dict], routing_stats: list[dict]) -> dict:
+        row = {"step": self.step, "tokens": self.step * self.cfg.batch_size * self.cfg.accumulate * self.seq_len,
+               "seconds": round(self.seconds, 3), "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= {name: round(sum(s[name] for s in since) / len(since), 5) for name in since[0]}
+        return row | ({"routing": routing_stats} if routing_stats else {})
+
+    def _keep_best(self, val_ce: float) -> None:
+        if val_ce < self.best:
+            self.best = val_ce
+            if self.out:
+                save_weights(self.out / "model.safetensors", self.model)
+
+    def _log(self, row: dict) -> None:
+        self.rows.append(row)
+        if self.out:
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.on_step:
+            self.on_step(self, row)
+
+
+@torch.no_grad()
+def held_out_loss(model: MoETransformer, tokens: np.ndarray, seq_len: int, batch_size: int = 16) -> tuple[float, int]:
+    """Summed cross-entropy (nats) of every token but the first, in windows that do not overlap, and their number."""
+    was_training, device = model.training, model.embedding.weight.device
+    model.eval()
+    stream = torch.from_numpy(tokens.astype(np.int64))
+    windows = [stream[i:i + seq_len + 1] for i in range(0, len(stream) - 1, seq_len)]
+    full, rest = [w for w in windows if len(w) == seq_len + 1], [w for w in windows if len(w) <= seq_len]
+    batches = [torch.stack(full[i:i + batch_size]) for i in range(0, len(full), batch_size)] + [w[None] for w in rest]
+    total, count = 0.0, 0
+    for batch in batches:
+        batch = batch.to(device)
+        logits = model(batch[:, :-1]).logits
+        total += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
+        count += batch[:, 1:].numel()
+    model.train(was_training)
+    return total, count
+
+
+def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only: norms and biases are left alone (Loshchilov & Hutter 2019)."""
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
+
+
+def lr_scale(step: int, cfg: TrainConfig) -> float:
+    """The learning rate of update `step` (from 0) as a share of the peak: linear warm-up, then cosine or linear fall.
+
+    >>> cfg = TrainConfig(steps=100, warmup=10, min_lr=0.1)
+    >>> lr_scale(0, cfg), lr_scale(9, cfg), round(lr_scale(99, cfg), 3)
+    (0.1, 1.0, 0.1)
+    """
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    done = (step - cfg.warmup + 1) / max(1, cfg.steps - cfg.warmup)
+    fall = 0.5 * (1 + math.cos(math.pi * done)) if cfg.schedule == "cosine" else 1 - done
+    return cfg.min_lr + (1 - cfg.min_lr) * fall
+
+
+def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[object, DataConfig]:
+    if isinstance(data, TextData):
+        names = [s.name for s in data.mixture.streams]
+        return data, DataConfig(mixture=tuple(names))
+    if isinstance(data, (str, DataConfig)):
+        cfg = DataConfig(mixture=data, tokenizer_vocab=max(261, vocab_size)) if isinstance(data, str) else data
+        return load_data(cfg, tokenizer), cfg
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data):
+        return data, DataConfig()
+    raise ConfigError(f"data={type(data).__name__}: give a corpus name, a DataConfig, or a dataset with at least one "
+                      "(inputs, targets) pair")
+
+
+def train_from_config(config: Config, out: str | Path | None = None, *, progress: bool = True,
+                      say: Callable[[str], None] = lambda line: None, samples: Iterable[str] = ()) -> Run:
+    """Everything that `minimoe train` does: data, tokenizer, a model from the seed, training, samples."""
+    tune_cpu()
+    data = load_data(config.data)
+    vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    torch.manual_seed(config.train.seed)
+    trainer = Trainer(MoETransformer(config.model), config.train, data, out=out, generate=config.generate,
+                      progress=progress)
+    trainer.config = config
+    for line in trainer.choice.reasons:
+        say(line)
+    say(data.mixture.describe(config.train.steps * config.train.batch_size * config.train.accumulate * trainer.seq_len))
+    m = config.model
+    say(f"model: {m.num_params():,} parameters, {m.active_params():,} active per token, "
+        f"{m.flops_per_token(trainer.seq_len):,} forward FLOPs per token")
+    run = trainer.fit()
+    for prompt in samples:
+        say(f"--- {prompt!r}\n{prompt}{run.generate(prompt, max_new_tokens=60)}")
+    return run
