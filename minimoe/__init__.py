@@ -9,7 +9,7 @@ from minimoe.model import MoETransformer
 from minimoe.router import Routing
 from minimoe.trainer import Trainer  # noqa: I001  (after the submodules, so that minimoe.generate is the function)
 
-# from minimoe.explore import routing_trace
+from minimoe.explore import routing_trace
 
 __version__ = "0.1.0"
 __all__ = ["ModelConfig", "MoETransformer", "Routing", "TrainConfig", "Trainer", "generate", "load", "routing_trace", "save"]

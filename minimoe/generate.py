@@ -49,7 +49,8 @@ def stream(model: MoETransformer, prompts: list[list[int]], max_new_tokens: int 
     """Yields one new id per sequence as soon as it is computed; None for a sequence that has ended."""
     if not prompts or not all(prompts):
         raise ConfigError("the prompt is empty: give at least one token, for text at least one character")
-    if temperature < 0 or max_new_tokens < 1 or (top_k is not None and top_k < 1) or not 0 < (top_p or 1) <= 1:
+    if temperature < 0 or max_new_tokens < 1 or (top_k is not None and top_k < 1) or \
+            (top_p is not None and not 0 < top_p <= 1):
         raise ConfigError(f"temperature={temperature}, max_new_tokens={max_new_tokens}, top_k={top_k}, top_p={top_p}: "
                           "temperature must be 0 or more, max_new_tokens and top_k at least 1, top_p in (0, 1]")
     device, limit = model.embedding.weight.device, model.cfg.max_seq_len

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from minimoe import balance
 from minimoe.checkpoint import Run, save, save_weights
 from minimoe.config import Config, DataConfig, GenerateConfig, TrainConfig
-from minimoe.data.loader import TextData, load_data
+from minimoe.data.loader import TextData, join, load_data
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.device import choose, tune_cpu
 from minimoe.experts import MoE
@@ -53,6 +53,9 @@ class Trainer:
         self.config = Config(model=model.cfg, train=train, data=data_cfg, generate=generate or GenerateConfig())
         self.model = model.to(self.choice.device)
         self.optimizer = make_optimizer(self.model, train)
+        corpora = self.data.corpora if isinstance(self.data, TextData) else ()
+        self.held_out = {c.name: (join(c.held_out, self.tokenizer), sum(len(d.text.encode()) for d in c.held_out))
+                         for c in corpora if c.held_out}
         self.step, self.best, self.seconds, self.rows = 0, math.inf, 0.0, []
 
     def fit(self) -> Run:
@@ -72,7 +75,7 @@ class Trainer:
             if self.step % cfg.log_every == 0 or evaluate_now:
                 row = self._row(since, routing_stats)
                 since = []
-                if evaluate_now and self.held_out is not None:
+                if evaluate_now and self.held_out:
                     row |= self.evaluate()
                     self._keep_best(row["val_ce"])
                 self._log(row)
@@ -80,7 +83,7 @@ class Trainer:
                                                                else "") + f", {row['tokens'] / row['seconds']:,.0f} tokens/s")
             bar.update()
         bar.close()
-        if self.out and self.held_out is None:
+        if self.out and not self.held_out:
             save_weights(self.out / "model.safetensors", self.model)
         return Run(self.model.eval(), self.tokenizer, self.config, self.out)
 
@@ -92,12 +95,14 @@ class Trainer:
             group["lr"] = cfg.lr * lr_scale(self.step, cfg)
         micro = [self._batch(self.step * cfg.accumulate + i) for i in range(cfg.accumulate)]
         n_targets = sum(int((targets != -100).sum()) for _, targets in micro)
+        if n_targets == 0:
+            raise ConfigError(f"step {self.step}: no target in the whole batch (all are -100): check the dataset")
         total: dict[str, float] = {}
         for inputs_BT, targets_BT in micro:
             with self.choice.autocast():
                 out = model(inputs_BT, targets_BT)
             # ce is a mean over this batch's targets: weigh it by their number; balancing losses by the batches
-            share = int((targets_BT != -100).sum()) / max(1, n_targets)
+            share = int((targets_BT != -100).sum()) / n_targets
             extra = out.loss - out.losses["ce"]
             (out.losses["ce"] * share + extra / cfg.accumulate).backward()
             for name, value in out.losses.items():
@@ -116,20 +121,15 @@ class Trainer:
         self.step += 1
         return total | {"grad_norm": norm.item()}, [balance.statistics(r) for r in out.routing]
 
-    @property
-    def held_out(self) -> np.ndarray | None:
-        if not isinstance(self.data, TextData) or not self.data.held_out:
-            return None
-        if not hasattr(self, "_held_out"):
-            self._held_out = self.data.held_out_tokens()
-        return self._held_out
-
-    def evaluate(self) -> dict[str, float]:
-        """Cross-entropy per token and bits per byte of the whole held-out text."""
-        n_bytes = sum(len(d.text.encode()) for d in self.data.held_out)
-        with self.choice.autocast():
-            total, count = held_out_loss(self.model, self.held_out, self.seq_len, self.cfg.batch_size)
-        return {"val_ce": round(total / count, 5), "val_bpb": round(total / math.log(2) / n_bytes, 5)}
+    def evaluate(self) -> dict[str, object]:
+        """Cross-entropy per token and bits per byte of the whole held-out text, and bits per byte of each corpus."""
+        total, count, n_bytes, val = 0.0, 0, 0, {}
+        for name, (tokens, size) in self.held_out.items():
+            with self.choice.autocast():
+                nats, n = held_out_loss(self.model, tokens, self.seq_len, self.cfg.batch_size)
+            val[name] = round(nats / math.log(2) / size, 5)
+            total, count, n_bytes = total + nats, count + n, n_bytes + size
+        return {"val_ce": round(total / count, 5), "val_bpb": round(total / math.log(2) / n_bytes, 5), "val": val}
 
     def _batch(self, index: int) -> tuple[Tensor, Tensor]:
         b = self.cfg.batch_size

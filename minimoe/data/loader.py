@@ -1,27 +1,25 @@
 """From a data config to what the trainer reads: a mixture of training windows, and held-out documents."""
 from __future__ import annotations
 
+import lzma
 from dataclasses import dataclass
 
 import numpy as np
 
 from minimoe.config import DataConfig
-from minimoe.data.corpora import Document, load_corpus
+from minimoe.data.corpora import Corpus, Document, load_corpus
 from minimoe.data.mixture import Mixture, Stream
 from minimoe.data.tokenizer import Tokenizer, make_tokenizer
 
 
 @dataclass(frozen=True)
 class TextData:
-    """What `Trainer` takes: `mixture` to learn from, `held_out` documents to measure on, the `tokenizer` of both."""
+    """What `Trainer` takes: the `mixture` to learn from, the `corpora` whose held-out text is measured on, and the
+    `tokenizer` of both."""
 
     mixture: Mixture
-    held_out: tuple[Document, ...]
+    corpora: tuple[Corpus, ...]
     tokenizer: Tokenizer
-
-    def held_out_tokens(self) -> np.ndarray:
-        """All held-out documents as one stream, end-of-text before each."""
-        return join(self.held_out, self.tokenizer)
 
 
 def join(documents: tuple[Document, ...], tokenizer: Tokenizer) -> np.ndarray:
@@ -42,5 +40,13 @@ def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> TextData:
     if tokenizer is None:
         tokenizer = make_tokenizer(cfg.tokenizer, [d.text for c in corpora for d in c.train], cfg.tokenizer_vocab)
     streams = tuple(Stream(c.name, join(c.train, tokenizer)) for c in corpora)
-    return TextData(Mixture(streams, tuple(s.ratio for s in cfg.mixture)),
-                    tuple(d for c in corpora for d in c.held_out), tokenizer)
+    return TextData(Mixture(streams, tuple(s.ratio for s in cfg.mixture)), tuple(corpora), tokenizer)
+
+
+def xz_bits_per_byte(data: TextData, corpus: Corpus) -> float:
+    """What `xz -9e` needs for a byte of the corpus's held-out text when it has seen all training text first: the
+    yardstick for a language model's bits per byte."""
+    seen = "\0".join(d.text for c in data.corpora for d in c.train).encode()
+    new = "\0".join(d.text for d in corpus.held_out).encode()
+    with_new, alone = (len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) for text in (seen + new, seen))
+    return (with_new - alone) * 8 / len(new)

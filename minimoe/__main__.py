@@ -1,0 +1,6 @@
+"""`python -m minimoe` is the program `minimoe`."""
+import sys
+
+from minimoe.cli import main
+
+sys.exit(main())

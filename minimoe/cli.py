@@ -1,0 +1,219 @@
+"""The command line: one program, every option of a config also a flag.
+
+Exit code 0 for success, 2 for what the user can mend (one line says what and how), 1 for anything else.
+"""
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from minimoe.config import Config, Source, load_config
+from minimoe.settings import ConfigError
+
+SAMPLE_PROMPTS = ("The for statement", "An object is")
+PLAIN = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagConversionOff)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+    """Trains a model and writes a run folder."""
+
+    config: Path | None = None
+    """YAML file with the sections model, train, data, generate; flags win over it."""
+    out: Path | None = None
+    """Run folder to write; default runs/<name of the config>."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write over a run folder that exists."""
+    settings: Config = Config()
+
+
+def train(argv: list[str]) -> None:
+    """Train a model: minimoe train --config configs/pydocs.yaml"""
+    path = _value_of("--config", argv)
+    defaults = TrainArgs(settings=load_config(path) if path else Config())
+    args = _parse(TrainArgs, argv, "train", default=defaults)
+    out = args.out or Path("runs") / (args.config.stem if args.config else "train")
+    if out.exists() and any(out.iterdir()) and not args.overwrite:
+        raise ConfigError(f"{out} exists already: name another --out, or give --overwrite True")
+    from minimoe.trainer import train_from_config
+
+    run = train_from_config(args.settings, out, say=print, samples=SAMPLE_PROMPTS)
+    rows = run.metrics()
+    best = min((r for r in rows if "val_bpb" in r), key=lambda r: r["val_ce"], default=None)
+    if best:
+        from minimoe.data.loader import load_data, xz_bits_per_byte
+
+        data = load_data(args.settings.data, run.tokenizer)
+        for corpus in data.corpora:
+            measured = best["val"][corpus.name]
+            print(f"held-out {corpus.name}: {measured:.3f} bits per byte at step {best['step']}; xz -9e, given all "
+                  f"training text, {xz_bits_per_byte(data, corpus):.3f}")
+    print(f"{rows[-1]['tokens']:,} tokens in {rows[-1]['seconds']:.0f} s of training; saved {out}\n"
+          f'next: minimoe generate {out} --prompt "The for statement"')
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateArgs:
+    """Writes on from a prompt."""
+
+    run: Annotated[str | None, tyro.conf.Positional] = None
+    """Run folder, or "shipped"; default the newest under runs/, else the shipped one."""
+    prompt: str = "The "
+    """Text to go on from."""
+    max_new_tokens: int | None = None
+    """Tokens to write; default the run's own."""
+    temperature: float | None = None
+    """0 takes the likeliest token always; default the run's own."""
+    seed: int = 0
+    """Seed of the draws."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:N or mps."""
+
+
+def generate(argv: list[str]) -> None:
+    """Write on from a prompt: minimoe generate runs/pydocs --prompt "The for statement" """
+    args = _parse(GenerateArgs, argv, "generate")
+    from minimoe.checkpoint import load
+    from minimoe.device import choose, tune_cpu
+
+    tune_cpu()
+    folder = args.run or newest_run()
+    run = load(folder, str(choose(args.device, "float32").device))
+    if args.run is None:
+        print(f"using {folder}", file=sys.stderr)
+    started, print_now = time.perf_counter(), lambda text: print(text, end="", flush=True)
+    print_now(args.prompt)
+    n = 0
+    for piece in run.stream(args.prompt, args.max_new_tokens, args.temperature, args.seed):
+        print_now(piece)
+        n += 1
+    print()
+    seconds = time.perf_counter() - started
+    print(f"{n} tokens in {seconds:.2f} s, {n / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorArgs:
+    """Says what this machine will be used for, and checks that its arithmetic agrees with the CPU's."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+def doctor(argv: list[str]) -> None:
+    """Print device, dtype, threads and the reasons, and check one training step against the CPU."""
+    args = _parse(DoctorArgs, argv, "doctor")
+    import platform
+
+    import torch
+
+    from minimoe.device import choose, tune_cpu
+    from minimoe.doctor import parity
+
+    tune_cpu()
+    choice = choose(args.device)
+    print(f"minimoe on Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.system()}")
+    print("\n".join(choice.reasons))
+    for line in parity(choice):
+        print(line)
+
+
+@dataclasses.dataclass(frozen=True)
+class InfoArgs:
+    """Prints what a run or a config holds."""
+
+    what: Annotated[str, tyro.conf.Positional] = "shipped"
+    """Run folder, "shipped", or a config file."""
+
+
+def info(argv: list[str]) -> None:
+    """Print parameters, active parameters, FLOPs and cache bytes of a run or a config."""
+    args = _parse(InfoArgs, argv, "info")
+    path = Path(args.what)
+    if path.suffix in (".yaml", ".yml"):
+        config = load_config(path)
+        if config.model.vocab_size is None:      # nothing trained yet: count with the size that the config asks for
+            model = dataclasses.replace(config.model, vocab_size=config.data.tokenizer_vocab)
+            config = dataclasses.replace(config, model=model)
+    else:
+        from minimoe.checkpoint import load
+
+        config = load(args.what).config
+    m = config.model
+    print(f"{m.num_params():>14,} parameters\n{m.active_params():>14,} active per token\n"
+          f"{m.flops_per_token():>14,} forward FLOPs per token, at {m.max_seq_len} tokens\n"
+          f"{m.kv_bytes_per_token():>14,} bytes of key/value cache per token (float32)\n"
+          f"{m.n_layers} layers, experts in {list(m.moe_layers)}: {m.n_experts} with top-{m.top_k}, {m.router} router")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train, "generate": generate, "doctor": doctor, "info": info}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program `minimoe`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: minimoe COMMAND [OPTIONS]      (minimoe COMMAND --help lists the options)\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<10} {command.__doc__.strip()}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"minimoe: error: unknown command {argv[0]!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except (ConfigError, ValueError) as error:
+        print(f"minimoe: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nminimoe: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def newest_run() -> str:
+    """The run folder under runs/ that was written last, else "shipped"."""
+    runs = [p.parent for p in Path("runs").glob("*/model.safetensors")]
+    return str(max(runs, key=lambda p: (p / "model.safetensors").stat().st_mtime)) if runs else "shipped"
+
+
+def _parse(cls: type, argv: list[str], command: str, **kwargs: object):
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type is not Source:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1, metavar="CORPUS[:RATIO]", instance_from_str=lambda args: _source(args[0]),
+            is_instance=lambda x: isinstance(x, Source), str_from_instance=lambda s: [f"{s.corpus}:{s.ratio:g}"])
+
+    return tyro.cli(cls, args=argv, prog=f"minimoe {command}", config=PLAIN, registry=registry, **kwargs)
+
+
+def _source(text: str) -> Source:
+    name, _, ratio = text.rpartition(":")
+    try:
+        return Source(corpus=name, ratio=float(ratio)) if name else Source(corpus=text)
+    except ValueError:                          # a path with a colon in it
+        return Source(corpus=text)
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word[len(flag) + 1:]
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
