@@ -12,7 +12,6 @@ from minimoe.model import MoETransformer
 
 def parity(choice: Choice) -> list[str]:
     """One training step's loss and gradient on the device against the same step on the CPU in float32."""
-    from minimoe.model import MoETransformer  # device stands below the model: imported only for this check
 
     cfg = ModelConfig(vocab_size=64, dim=64, n_layers=2, n_heads=4, n_experts=4, top_k=2, expert_hidden=64)
     results = []

@@ -23,4 +23,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return (x32 * torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)

@@ -19,7 +19,7 @@ def test_no_held_out_paragraph_stands_in_the_training_text(name):
     paragraphs = [p.strip() for d in corpus.held_out for p in d.text.split("\n\n") if len(p.strip()) >= 40]
     assert len(paragraphs) > 50
     assert [p for p in paragraphs if p in train] == []
-    assert 0.03 < sum(len(d.text) for d in corpus.held_out) / len(train) < 0.25
+    assert 0.01 < sum(len(d.text) for d in corpus.held_out) / len(train) < 0.25
 
 
 def test_worlds_is_the_same_everywhere():

@@ -4,7 +4,15 @@ import torch
 
 from minimoe.config import ModelConfig
 from minimoe.router import (
-    Router, capacity, expert_choice, hash_routing, random_routing, sigmoid_topk, softmax_topk, within_capacity)
+    Router,
+    capacity,
+    expert_choice,
+    hash_routing,
+    random_routing,
+    sigmoid_topk,
+    softmax_topk,
+    within_capacity,
+)
 from tests import reference
 
 

@@ -38,9 +38,26 @@ def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> TextData:
     """
     corpora = [load_corpus(s.corpus) for s in cfg.mixture]
     if tokenizer is None:
-        tokenizer = make_tokenizer(cfg.tokenizer, [d.text for c in corpora for d in c.train], cfg.tokenizer_vocab)
+        texts = [d.text for c in corpora for d in c.train]
+        if cfg.tokenizer == "bpe":
+            texts = in_shares(corpora, [s.ratio for s in cfg.mixture])
+        tokenizer = make_tokenizer(cfg.tokenizer, texts, cfg.tokenizer_vocab)
     streams = tuple(Stream(c.name, join(c.train, tokenizer)) for c in corpora)
     return TextData(Mixture(streams, tuple(s.ratio for s in cfg.mixture)), tuple(corpora), tokenizer)
+
+
+def in_shares(corpora: list[Corpus], ratios: list[float]) -> list[str]:
+    """Training texts in the mixture's own shares, as many as there are: what a tokenizer should learn from, so that a
+    large source does not take the vocabulary of a small one."""
+    sizes = [sum(len(d.text) for d in c.train) for c in corpora]
+    total = min(size / ratio for size, ratio in zip(sizes, ratios))
+    texts = []
+    for corpus, ratio in zip(corpora, ratios):
+        left = int(total * ratio)
+        for d in corpus.train:
+            texts.append(d.text[:left])
+            left -= len(texts[-1])
+    return [t for t in texts if t]
 
 
 def xz_bits_per_byte(data: TextData, corpus: Corpus) -> float:

@@ -1,0 +1,264 @@
+"""Do the experts of a small model specialize within half a minute of training? (chapter 0)
+
+    python benchmarks/specialisation.py             five training seeds; writes benchmarks/results/specialisation.json
+    python benchmarks/specialisation.py --quick     the same code in a minute; prints, writes only where --out says
+
+Settled before the first run: a token counts with its first-choice expert, and the claim is about the mean over the
+layers of the mutual information of expert and domain, less the permutation null, on held-out documents.
+
+Shapes: R windows of T tokens, N = R x T tokens in all, L layers, E experts.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minimoe import ModelConfig, MoETransformer, TrainConfig, Trainer
+from minimoe.config import DataConfig
+from minimoe.data.corpora import Document
+from minimoe.data.loader import TextData, load_data
+from minimoe.data.tokenizer import Tokenizer
+from minimoe.explore import specialisation, specialisation_difference, token_identity_router
+from minimoe.explore.specialisation import Difference, Specialisation
+
+RESULT = Path(__file__).parent / "results" / "specialisation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Text, model, training, and how much is measured."""
+
+    corpora: tuple[str, ...] = ("pydocs", "stdlib", "worlds")
+    vocab: int = 1024
+    dim: int = 64
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    experts: int = 8
+    top_k: int = 2
+    hidden: int = 64
+    seq_len: int = 128
+    batch: int = 16
+    lr: float = 3e-3
+    steps: int = 300
+    threads: int = 1
+    window: int = 64            # tokens of one piece of a document that is measured on
+    held_out: int = 60          # such pieces per domain, where there is so much text
+    known: int = 300            # the same of training documents, to fit routers on that see the token alone
+    draws: int = 500            # of the bootstrap
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Text to measure on: `tokens` (R, T), and for each of the N tokens its `domain` and its `document`, as numbers."""
+
+    tokens: torch.Tensor
+    domain: np.ndarray
+    document: np.ndarray
+    domains: tuple[str, ...]
+
+
+def load_text(s: Settings) -> TextData:
+    """The corpora in equal shares, and a tokenizer made from their training documents."""
+    return load_data(DataConfig(mixture=s.corpora, tokenizer_vocab=s.vocab))
+
+
+def model_config(s: Settings, vocab_size: int) -> ModelConfig:
+    return ModelConfig(vocab_size=vocab_size, dim=s.dim, n_layers=s.layers, n_heads=s.heads, n_kv_heads=s.kv_heads,
+                       max_seq_len=s.seq_len, n_experts=s.experts, top_k=s.top_k, expert_hidden=s.hidden,
+                       router="softmax", balance="aux")
+
+
+def train_config(s: Settings, seed: int) -> TrainConfig:
+    return TrainConfig(steps=s.steps, batch_size=s.batch, lr=s.lr, warmup=min(20, s.steps), seed=seed, log_every=10,
+                       eval_every=0, device="cpu", dtype="float32", threads=s.threads)
+
+
+def train(data: TextData, s: Settings, seed: int) -> tuple[MoETransformer, Trainer]:
+    """The model of that seed as it was before the first step, and the trainer that has trained it."""
+    torch.manual_seed(seed)
+    model = MoETransformer(model_config(s, data.tokenizer.vocab_size))
+    untrained = copy.deepcopy(model)
+    unmeasured = dataclasses.replace(data, corpora=())          # the loss on held-out text is not asked for here
+    trainer = Trainer(model, train_config(s, seed), unmeasured, tokenizer=data.tokenizer, progress=False)
+    trainer.fit()
+    return untrained, trainer
+
+
+def probe(documents: list[Document], tokenizer: Tokenizer, pieces: int, window: int) -> Probe:
+    """About `pieces` windows of each domain, shared out evenly among its documents and spread evenly within each."""
+    domains = tuple(sorted({d.domain for d in documents}))
+    rows, domain, document = [], [], []
+    for number, doc in enumerate(documents):
+        each = -(-pieces // sum(d.domain == doc.domain for d in documents))
+        ids = tokenizer.encode(doc.text)
+        n = min(each, len(ids) // window)
+        for start in np.linspace(0, len(ids) - window, n).astype(int) if n else ():
+            rows.append(ids[start:start + window])
+            domain.append(domains.index(doc.domain))
+            document.append(number)
+    return Probe(torch.tensor(rows), np.repeat(domain, window), np.repeat(document, window), domains)
+
+
+def probes(data: TextData, s: Settings) -> tuple[Probe, Probe]:
+    """Pieces of the training documents, and of the held-out documents."""
+    return tuple(probe([d for c in data.corpora for d in getattr(c, part)], data.tokenizer, pieces, s.window)
+                 for part, pieces in (("train", s.known), ("held_out", s.held_out)))
+
+
+@torch.no_grad()
+def first_choices(model: MoETransformer, text: Probe) -> np.ndarray:
+    """(N, L) the first expert of each token in each layer."""
+    was_training = model.training
+    model.eval()
+    batches = [[r.experts[:, 0] for r in model(rows).routing] for rows in text.tokens.split(32)]
+    model.train(was_training)
+    return torch.cat([torch.stack(layers, 1) for layers in batches]).numpy()
+
+
+def numbered(first_NL: np.ndarray, n_experts: int) -> np.ndarray:
+    """The experts of all layers numbered through: layer l, expert e becomes l * E + e.
+
+    Every token is in every layer once, so the layer tells nothing about the domain, and the information of such a
+    number about the domain is exactly the mean over the layers: I(layer, expert; domain) = I(expert; domain | layer).
+
+    >>> numbered(np.array([[1, 0]]), n_experts=8).tolist()
+    [[1, 8]]
+    """
+    return first_NL + n_experts * np.arange(first_NL.shape[1])
+
+
+def habits(known: Probe, known_NL: np.ndarray, new: Probe, n_experts: int, vocab_size: int) -> np.ndarray:
+    """(N, L) the same router with its context taken away: a token goes where its id went most often in `known`.
+
+    An id that is not in `known` goes to the expert with the most tokens.
+    """
+    ids_N, columns = known.tokens.flatten().numpy(), []
+    for first_N in known_NL.T:
+        counts = np.bincount(ids_N * n_experts + first_N, minlength=vocab_size * n_experts).reshape(vocab_size, -1)
+        habit_V = np.where(counts.sum(1) > 0, counts.argmax(1), counts.sum(0).argmax())
+        columns.append(habit_V[new.tokens.flatten().numpy()])
+    return np.stack(columns, 1)
+
+
+def measure(model: MoETransformer, untrained: MoETransformer, known: Probe, new: Probe, draws: int = 500) -> dict:
+    """Everything that is claimed about one trained model, as plain numbers in bits, rounded to 4 places."""
+    e, v = model.cfg.n_experts, model.cfg.vocab_size
+    trained_NL, untrained_NL, known_NL = (first_choices(m, t) for m, t in
+                                          ((model, new), (untrained, new), (model, known)))
+    habit_NL = habits(known, known_NL, new, e, v)
+    expert_V = token_identity_router(known.tokens.flatten().numpy(), known.domain, e, v)
+    rivals = {"untrained": numbered(untrained_NL, e), "identity": expert_V[new.tokens.flatten().numpy()],
+              "habit": numbered(habit_NL, e)}
+    compare = lambda rival: specialisation_difference(numbered(trained_NL, e), rival, new.domain, new.document,
+                                                      e * model.cfg.n_layers, n_boot=draws)
+    layer = lambda first_N: plain(specialisation(first_N, new.domain, new.document, e, n_boot=draws))
+    differences = {name: compare(rival) for name, rival in rivals.items()}
+    return {
+        "trained": plain(differences["untrained"].a),
+        **{name: plain(d.b) for name, d in differences.items()},
+        "trained_minus": {name: plain(d) for name, d in differences.items()},
+        "layers": {"trained": [layer(c) for c in trained_NL.T], "untrained": [layer(c) for c in untrained_NL.T]},
+        "agrees_with_habit": [round(float(x), 4) for x in (habit_NL == trained_NL).mean(0)],
+    }
+
+
+def plain(x: Specialisation | Difference) -> dict[str, float]:
+    """The numbers of an estimate by name, rounded."""
+    return {k: round(v, 4) for k, v in dataclasses.asdict(x).items() if isinstance(v, float)}
+
+
+def shares(first_NL: np.ndarray, text: Probe, n_experts: int) -> list:
+    """For each layer and domain the share of its tokens that each expert is the first choice of."""
+    table = [[np.bincount(first_N[text.domain == d], minlength=n_experts) for d in range(len(text.domains))]
+             for first_N in first_NL.T]
+    return [[[round(float(n / row.sum()), 4) for n in row] for row in layer] for layer in table]
+
+
+def run(seeds: int, s: Settings, say: Callable[[str], None] = print) -> dict:
+    """Trains and measures one model per seed."""
+    data = load_text(s)
+    known, new = probes(data, s)
+    cfg = model_config(s, data.tokenizer.vocab_size)
+    result = {"what": __doc__.split("\n")[0], "date": datetime.date.today().isoformat(), "machine": machine(),
+              "settings": dataclasses.asdict(s), "params": cfg.num_params(), "active_params": cfg.active_params(),
+              "domains": new.domains, "held_out_documents": documents(new), "held_out_tokens": tokens(new), "seeds": []}
+    for seed in range(seeds):
+        untrained, trainer = train(data, s, seed)
+        found = measure(trainer.model, untrained, known, new, s.draws)
+        stats = trainer.rows[-1]["routing"]
+        result["seeds"].append({"seed": seed, **found, "max_vio": [x["max_vio"] for x in stats],
+                                "ce": [[row["step"], row["ce"]] for row in trainer.rows],
+                                "seconds": round(trainer.seconds, 1)})
+        if seed == 0:
+            result["shares"] = {name: shares(first_choices(m, new), new, s.experts)
+                                for name, m in (("trained", trainer.model), ("untrained", untrained))}
+        d = found["trained_minus"]
+        say(f"seed {seed}: trained {found['trained']['excess']:.3f} bits; minus untrained {line(d['untrained'])}; minus "
+            f"identity {line(d['identity'])}; minus habit {line(d['habit'])}; {trainer.seconds:.0f} s")
+    return result
+
+
+def documents(text: Probe) -> dict[str, int]:
+    """Documents per domain."""
+    return {name: len(set(text.document[text.domain == i].tolist())) for i, name in enumerate(text.domains)}
+
+
+def tokens(text: Probe) -> dict[str, int]:
+    """Tokens per domain."""
+    return {name: int((text.domain == i).sum()) for i, name in enumerate(text.domains)}
+
+
+def line(d: dict[str, float]) -> str:
+    return f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})"
+
+
+def machine() -> dict:
+    """What the numbers were made on: no names of hosts or users."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((text.split(":", 1)[1].strip() for text in lines if text.startswith("model name")), model)
+    return {"cpu": model, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version(),
+            "torch": torch.__version__}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two seeds, 20 steps, one corpus, fewer draws")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--threads", type=int, default=Settings.threads)
+    parser.add_argument("--out", type=Path, default=None, help=f"default: {RESULT.name} in results/, with --quick nowhere")
+    args = parser.parse_args(argv)
+    settings, seeds = Settings(steps=args.steps, threads=args.threads), args.seeds
+    if args.quick:
+        settings, seeds = Settings(corpora=("worlds",), steps=20, known=30, held_out=30, draws=50), 2
+    out = args.out or (None if args.quick else RESULT)
+    started = time.perf_counter()
+    result = run(seeds, settings, lambda text: print(text, flush=True))
+    result["command"] = shlex.join(["python", "benchmarks/specialisation.py", *argv])
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = out.with_suffix(".part")
+        scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(out)
+    print(f"{time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
