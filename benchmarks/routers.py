@@ -57,6 +57,8 @@ class Settings:
     top_k: int = 2
     hidden: int = 64
     lr: float = 2e-3
+    device: str = "cpu"
+    dtype: str = "float32"
     threads: int = 1
 
 
@@ -92,7 +94,7 @@ def train(router: str, seed: int, s: Settings, text: TextData, log_every: int = 
     """Trains one model; the trainer, and what is recorded of the run."""
     model = make_model(router, seed, s, text.tokenizer.vocab_size)
     cfg = TrainConfig(steps=s.steps, batch_size=s.batch, lr=s.lr, warmup=min(50, s.steps // 5), eval_every=0, seed=seed,
-                      log_every=log_every, device="cpu", dtype="float32", threads=s.threads)
+                      log_every=log_every, device=s.device, dtype=s.dtype, threads=s.threads)
     trainer = Trainer(model, cfg, text, progress=False)
     trainer.fit()
     last = trainer.rows[-1]
@@ -113,7 +115,8 @@ def choices(model: MoETransformer, ids: np.ndarray, seq_len: int, batch: int = 1
     ids = ids[:len(ids) // (seq_len * batch) * seq_len * batch].astype(np.int64)
     model.eval()
     torch.manual_seed(0)                                        # for the router that throws dice
-    found = [[r.experts[:, 0].numpy() for r in model(torch.from_numpy(x)).routing]
+    device = model.embedding.weight.device
+    found = [[r.experts[:, 0].cpu().numpy() for r in model(torch.from_numpy(x).to(device)).routing]
              for x in ids.reshape(-1, batch, seq_len)]
     return [(ids, np.concatenate(layer)) for layer in zip(*found)]
 

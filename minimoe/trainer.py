@@ -122,11 +122,12 @@ class Trainer:
         return total | {"grad_norm": norm.item()}, [balance.statistics(r) for r in out.routing]
 
     def evaluate(self) -> dict[str, object]:
-        """Cross-entropy per token and bits per byte of the whole held-out text, and bits per byte of each corpus."""
+        """Cross-entropy per token and bits per byte of the whole held-out text, and bits per byte of each corpus; each
+        token is predicted from at least half a sequence of what stands before it."""
         total, count, n_bytes, val = 0.0, 0, 0, {}
         for name, (tokens, size) in self.held_out.items():
             with self.choice.autocast():
-                nats, n = held_out_loss(self.model, tokens, self.seq_len, self.cfg.batch_size)
+                nats, n = held_out_loss(self.model, tokens, self.seq_len, self.cfg.batch_size, self.seq_len // 2)
             val[name] = round(nats / math.log(2) / size, 5)
             total, count, n_bytes = total + nats, count + n, n_bytes + size
         return {"val_ce": round(total / count, 5), "val_bpb": round(total / math.log(2) / n_bytes, 5), "val": val}
@@ -166,22 +167,26 @@ class Trainer:
 
 
 @torch.no_grad()
-def held_out_loss(model: MoETransformer, tokens: np.ndarray, seq_len: int, batch_size: int = 16) -> tuple[float, int]:
-    """Summed cross-entropy (nats) of every token but the first, in windows that do not overlap, and their number."""
-    was_training, device = model.training, model.embedding.weight.device
+def held_out_loss(model: MoETransformer, tokens: np.ndarray, seq_len: int, batch_size: int = 16,
+                  stride: int | None = None) -> tuple[float, int]:
+    """Summed cross-entropy (nats) of every token but the first, and their number.
+
+    The text is read in windows of `seq_len` at `stride` (default: no overlap); of each window but the first only the
+    last `stride` tokens count, so that a smaller stride gives every token a longer context.
+    """
+    was_training, device, stride = model.training, model.embedding.weight.device, stride or seq_len
     model.eval()
-    stream = torch.from_numpy(tokens.astype(np.int64))
-    windows = [stream[i:i + seq_len + 1] for i in range(0, len(stream) - 1, seq_len)]
-    full, rest = [w for w in windows if len(w) == seq_len + 1], [w for w in windows if len(w) <= seq_len]
-    batches = [torch.stack(full[i:i + batch_size]) for i in range(0, len(full), batch_size)] + [w[None] for w in rest]
-    total, count = 0.0, 0
-    for batch in batches:
-        batch = batch.to(device)
-        logits = model(batch[:, :-1]).logits
-        total += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
-        count += batch[:, 1:].numel()
+    text, total = torch.from_numpy(tokens.astype(np.int64)), 0.0
+    starts = range(0, max(1, len(text) - 1 - (seq_len - stride)), stride)
+    windows = [(text[i:i + seq_len + 1], seq_len - stride if i else 0) for i in starts]
+    while windows:      # windows of one length and one number of tokens to skip go together
+        like = [w for w in windows[:batch_size] if (len(w[0]), w[1]) == (len(windows[0][0]), windows[0][1])]
+        windows, skip = windows[len(like):], like[0][1]
+        batch = torch.stack([w for w, _ in like]).to(device)
+        logits = model(batch[:, :-1]).logits[:, skip:]
+        total += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1 + skip:].flatten(), reduction="sum").item()
     model.train(was_training)
-    return total, count
+    return total, len(text) - 1
 
 
 def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:

@@ -175,7 +175,7 @@ def run_all(page, timeout: float = 300_000) -> None:
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         try:
-            page.wait_for_function(f"() => {CELLS}.some(c => c.prompt !== '[ ]:')", timeout=8_000)
+            page.wait_for_function(f"() => {CELLS}.some(c => c.prompt !== '[ ]:')", timeout=20_000)
             break
         except Exception:
             if attempt == 2:

@@ -66,7 +66,8 @@ def trace(run):
 # --- the trace -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options", [
     {}, {"moe_every": 2}, {"router": "sigmoid", "balance": "bias"}, {"router": "hash", "balance": "none"},
-    {"norm_topk": False, "top_k": 1, "capacity_factor": 0.5, "router_noise": 1.0}, {"n_dense_first": 2, "n_experts": 12},
+    {"norm_topk": False, "top_k": 1, "capacity_factor": 0.5, "router_noise": 1.0},
+    {"n_dense_first": 2, "n_experts": 12},
 ], ids=str)
 def test_trace_is_the_models_own_routing(options):
     run = make_run(**options)
@@ -207,7 +208,8 @@ def test_dropped_tokens_are_marked_in_the_figure():
 
 
 def test_page_asks_for_nothing_from_outside(trace, tmp_path):
-    page = view(trace, {"hostile": routing_trace(make_run(max_seq_len=512), HOSTILE)}).save_html(tmp_path / "a" / "x.html")
+    examples = {"hostile": routing_trace(make_run(max_seq_len=512), HOSTILE)}
+    page = view(trace, examples).save_html(tmp_path / "a" / "x.html")
     text = page.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
     data = re.search(r'<script type="application/json">(.*?)</script>', text, re.S).group(1)
     assert "<" not in data and len(json.loads(data)["state"]["items"]) == 2
@@ -219,7 +221,8 @@ def test_page_asks_for_nothing_from_outside(trace, tmp_path):
 def test_import_needs_neither_anywidget_nor_plotly():
     code = ("import sys, minimoe.explore; "
             "print(sorted({'anywidget', 'plotly', 'ipywidgets', 'IPython'} & set(sys.modules)))")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_without_anywidget_the_page_is_shown_and_the_text_box_says_what_is_missing(trace, run, monkeypatch):
@@ -266,7 +269,8 @@ CONTRAST = """() => {
     const c = parse(getComputedStyle(node).backgroundColor); if (c.alpha > 0.99) return c.rgb; } return [1, 1, 1]; };
   const out = [], root = document.querySelector('.minimoe-explorer');
   for (const node of root.querySelectorAll('*')) {
-    if (node.closest('.mm-hidden, [hidden]') || ![...node.childNodes].some(c => c.nodeType === 3 && c.data.trim())) continue;
+    const written = [...node.childNodes].some(c => c.nodeType === 3 && c.data.trim());
+    if (!written || node.closest('.mm-hidden, [hidden]')) continue;
     const [a, b] = [light(parse(getComputedStyle(node).color).rgb), light(behind(node))].sort((x, y) => y - x);
     out.push([(a + 0.05) / (b + 0.05), node.className || node.tagName, node.textContent.slice(0, 20)]);
   }
@@ -353,6 +357,8 @@ def test_page_draws_other_routers(open_page, name):
     if name == "dropping":
         assert "by expert 1, which was full" in panel
         assert page.locator("[data-token='3'] .mm-lost").count() == 1
+        style = "() => [...document.querySelectorAll('.mm-token')].map(c => c.style.getPropertyValue('--w'))"
+        assert page.evaluate(style) == ["1", "1", "0", "0"]          # a dropped choice stays pale
     assert not faults
 
 
@@ -447,7 +453,7 @@ def test_every_stop_of_the_keyboard_keeps_jupyterlabs_shortcuts_off(open_page):
 @pytest.mark.parametrize("where", ["system light", "system dark", "book light", "book dark", "lab light", "lab dark"])
 def test_text_contrast_meets_wcag_aa(open_page, where):
     place, scheme = where.split()
-    system = scheme if place == "system" else {"dark": "light", "light": "dark"}[scheme]      # the host has the last word
+    system = scheme if place == "system" else {"dark": "light", "light": "dark"}[scheme]   # the host has the last word
     page, _ = open_page("heavy", color_scheme=system)
     if place == "book":
         page.evaluate(f"() => document.documentElement.dataset.theme = '{scheme}'")
@@ -493,8 +499,9 @@ def test_the_module_of_the_page_is_the_module_of_the_widget(running, trace, run)
       window.sent = [];
       window.put = next => { values.state = next; heard["change:state"](); };
       window.tell = message => heard["msg:custom"](message);
-      window.end = module.default.render({ el: document.body, model: { get: name => values[name], send: m => sent.push(m),
-        on: (name, f) => { heard[name] = f; }, off: name => { delete heard[name]; }, } });
+      const model = { get: name => values[name], send: m => sent.push(m),
+        on: (name, f) => { heard[name] = f; }, off: name => { delete heard[name]; } };
+      window.end = module.default.render({ el: document.body, model });
       window.heard = heard; }""", [source("explorer.js"), state])
     page.locator("textarea").fill("x = 1")
     page.keyboard.press("Control+Enter")

@@ -139,7 +139,7 @@ def test_widgets_react_to_the_keyboard_alone(open_page, pages):
 @pytest.mark.browser
 def test_search_works_from_disk(open_page):
     page, faults = open_page("search.html?q=router")
-    page.wait_for_selector("#search-results li", timeout=20_000)
+    page.wait_for_selector("#search-results li", timeout=60_000)
     titles = " ".join(page.locator("#search-results li").all_inner_texts())
     page.close()
     assert "Glossary" in titles and not faults, (titles, faults)
@@ -147,11 +147,11 @@ def test_search_works_from_disk(open_page):
 
 def settle(page) -> None:
     """Wait until formulas and figures are drawn, or long enough to say that they are not."""
-    page.wait_for_function("() => !window.MathJax || MathJax.startup?.promise", timeout=20_000)
+    page.wait_for_function("() => !window.MathJax || MathJax.startup?.promise", timeout=60_000)
     page.evaluate("() => window.MathJax?.startup?.promise")
     try:
         figures = "[...document.querySelectorAll('.book-plotly')]"
-        page.wait_for_function(f"() => {figures}.every(f => f.querySelector('.main-svg'))", timeout=20_000)
+        page.wait_for_function(f"() => {figures}.every(f => f.querySelector('.main-svg'))", timeout=60_000)
     except Exception:
         pass  # `undrawn` names them
     page.wait_for_timeout(300)

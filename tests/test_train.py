@@ -116,15 +116,18 @@ def test_the_weights_kept_are_the_best_on_held_out_text(data, tmp_path):
     assert torch.equal(load(tmp_path).model.state_dict()["embedding.weight"], kept[1]["embedding.weight"])
 
 
-def test_held_out_loss_counts_every_token_once(data):
-    model = trainer(data).model
-    tokens = t = data.mixture.streams[0].tokens[:101]
-    total, count = held_out_loss(model, tokens, 32, batch_size=2)
-    assert count == 100
-    t = torch.tensor(tokens.astype("int64"))
-    by_hand = sum(torch.nn.functional.cross_entropy(model.eval()(t[None, i:min(i + 32, 100)]).logits[0],
-                                                    t[i + 1:i + 33], reduction="sum").item() for i in range(0, 100, 32))
-    assert total == pytest.approx(by_hand, rel=1e-5)
+@pytest.mark.parametrize("n, stride", [(101, None), (101, 16), (97, 32), (20, 16), (2, None), (65, 1)])
+def test_held_out_loss_counts_every_token_once(data, n, stride):
+    model, seq_len = trainer(data).model.eval(), 32
+    tokens = data.mixture.streams[0].tokens[:n]
+    total, count = held_out_loss(model, tokens, seq_len, batch_size=2, stride=stride)
+    assert count == n - 1
+    text, by_hand, stride = torch.tensor(tokens.astype("int64")), 0.0, stride or seq_len
+    for i in range(1, n):                       # token i, from the window in which it is counted
+        start = 0 if i <= seq_len else -(-(i - seq_len) // stride) * stride
+        logits = model(text[None, start:i]).logits[0, -1]
+        by_hand += torch.nn.functional.cross_entropy(logits, text[i]).item()
+    assert total == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_names_are_what_they_should_be_in_a_fresh_process():

@@ -15,6 +15,16 @@ TEXT_DIRECTIVES = r"\{(note|tip|warning|important|caution|admonition|dropdown|hi
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?!\w)")
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong, where (None: the whole chapter), and the remedy; `section` where a whole section is the matter."""
+
+    rule: str
+    cell: int | None
+    message: str
+    section: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One cell; `number` counts from 0, `section` is the level-2 heading that it stands under, "" before the first."""
@@ -37,9 +47,22 @@ class Cell:
         return sum(1 for line in self.source.splitlines() if line.strip())
 
     @cached_property
+    def python(self) -> str:
+        """The source without IPython's own lines (%, !)."""
+        return "\n".join("" if re.match(r"\s*[%!]", line) else line for line in self.source.splitlines())
+
+    @cached_property
     def tree(self) -> ast.Module:
-        """The syntax tree; lines of IPython's own (%, !) are left out. SyntaxError where it is no Python."""
-        return ast.parse("\n".join("" if re.match(r"\s*[%!]", line) else line for line in self.source.splitlines()))
+        """The syntax tree, empty where the source is no Python."""
+        try:
+            return ast.parse(self.python)
+        except SyntaxError:
+            return ast.Module(body=[], type_ignores=[])
+
+    def definitions(self) -> dict[str, ast.FunctionDef | ast.ClassDef]:
+        """The public functions and classes that the cell defines."""
+        return {n.name: n for n in self.tree.body
+                if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")}
 
     def calls(self, name: str) -> list[ast.Call]:
         """The calls of a function by its plain name, in the order of the source."""

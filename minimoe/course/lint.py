@@ -1,7 +1,7 @@
 """`python -m minimoe.course.lint`: does every chapter keep the contract that the course makes with its reader?
 
 Prints a line per fault (file, cell, rule, what is wrong and what to do) and a line of figures per chapter; the exit code is
-1 if there is a fault. The rules are in `lint_rules.py`, each with its reason. What a chapter must have:
+1 if there is a fault. The rules are in `lint_text.py` and `lint_code.py`, each with its reason. What a chapter must have:
 
 **Opening**, before the first section: `# N. Title`, a paragraph that starts with `**Claim.**`, a list under
 `**Objectives**` of 4 to 6 items that start with a verb, `**Time**` with its minutes, `**Builds on**`.
@@ -32,11 +32,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from minimoe.course.chapter import Chapter, outputs_hold_a_result, read, words
-from minimoe.course.lint_rules import RULES, Fault, figures
+from minimoe.course import lint_code, lint_text
+from minimoe.course.chapter import Chapter, Fault, outputs_hold_a_result, read, words
 from minimoe.course.run_notebooks import RULES as SANITIZE
 from minimoe.course.run_notebooks import read_rules, sanitize
 
+RULES = (lint_code.syntax, lint_text.opening, lint_text.sections, lint_text.contents, lint_text.sizes, lint_text.numbers,
+         lint_code.parameters, lint_code.tags, lint_code.pictures, lint_code.no_installing, lint_code.executed,
+         lint_code.skipped, lint_code.errors, lint_code.checked, lint_code.shadows)
 BUILDS_NOTHING = "uses the library before any of it is built, to show what the course is about"
 EXEMPT = {      # chapter: {section or rule: reason}
     "00_start": {"Build it": BUILDS_NOTHING, "The library's version": BUILDS_NOTHING, "Break it": BUILDS_NOTHING},
@@ -71,7 +74,7 @@ def figures_of(chapter: Chapter, sanitizing: list = ()) -> str:
     held, cells = share(chapter, sanitizing)
     prose = sum(words(c) for c in chapter.markdown if c.section != "References")
     lines = sum(c.lines for c in chapter.code if c.visible)
-    all_figures, computed = figures(chapter)
+    all_figures, computed = lint_code.figures(chapter)
     return (f"{chapter.name}: {prose} words, {lines} lines of code, {all_figures} figures ({computed} computed), "
             f"{held} of {cells} cells with output compared{f' ({100 * held / cells:.0f} %)' if cells else ''}")
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 RULES = Path("tests/nbval_sanitize.cfg")
+# the folders of a path: from where a word begins or a color ends (the m); bounded, as a line of HTML can be long
+PATH = r"(?<![^\s\"'(m])[^\s\"'(\x1b]{0,300}"
 
 
 def read_rules(path: Path) -> list[tuple[re.Pattern, str]]:
@@ -73,12 +75,12 @@ def short_paths(text: str, root: str) -> str:
     >>> short_paths("File /home/me/course/minimoe/norm.py:3", "/home/me/course")
     'File minimoe/norm.py:3'
     """
-    text = re.sub(r"\S*ipykernel_\d+[/\\]\d+\.py", "<cell>", text)
+    text = re.sub(PATH + r"ipykernel_\d+[/\\]\d+\.py", "<cell>", text)
     home = str(Path.home())
     if root.startswith(home + os.sep):  # tracebacks write ~ for it
         text = text.replace("~" + root[len(home) :] + os.sep, "")
     text = text.replace(root + os.sep, "")
-    return re.sub(r"[^\s:\"'(]*(site|dist)-packages[/\\]", "", text)
+    return re.sub(PATH + r"(site|dist)-packages[/\\]", "", text)
 
 
 def keep_times(new, old, rules) -> None:

@@ -81,11 +81,11 @@ function body(item, startLayer) {
   const flow = h("div", { class: "mm-flow", role: "listbox", "aria-label": "Tokens of the text",
     "aria-orientation": "horizontal" });
   trace.tokens.forEach((text, t) => {
-    const lines = text.split("\n"), indent = lines[lines.length - 1];       // what stands after the break moves the line
+    const lines = text.split("\n"), indent = lines[lines.length - 1].replace(/\t/g, "    ");
     flow.append(chips[t]);
     if (lines.length === 1) return;
     flow.append(h("span", { class: "mm-break" + (lines.length > 2 ? " mm-gap" : ""), "aria-hidden": "true" }));
-    if (!indent.trim()) flow.append(h("span", { class: "mm-indent", "aria-hidden": "true" }, indent.replace(/\t/g, "    ")));
+    if (!indent.trim()) flow.append(h("span", { class: "mm-indent", "aria-hidden": "true" }, indent));
   });
   function upDown(at, sign) {                                   // the nearest token of the next line, by its middle
     const here = chips[at].getBoundingClientRect(), middle = here.left + here.width / 2;

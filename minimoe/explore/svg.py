@@ -115,10 +115,10 @@ def _chip(t: int, label: str, layer: LayerTrace, heaviest: float, x: float, y: f
     taken = layer.taken(t)
     data = {"data-token": t, "data-experts": ",".join(str(e) for e, _, _ in taken),
             "data-weights": ",".join(f"{w:g}" for _, w, _ in taken)}
-    tints = [tint(e, w / heaviest if kept else 0.0) for e, w, kept in taken]          # a dropped choice stays pale
+    tints = [tint(e, w / heaviest if kept else 0.0) for e, w, kept in taken] or [PAPER]     # a dropped one stays pale
     columns = int((width - 8) / CHAR)
     label = label if display_width(label) <= columns + 1 else label[:columns - 1] + "…"
-    out = [f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{CHIP}" rx="4" fill="{tints[0] if taken else PAPER}"/>',
+    out = [f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{CHIP}" rx="4" fill="{tints[0]}"/>',
            _text(x + width / 2, y + 15, label, INK, 13, "middle", font=MONO)]
     shown = taken[:2]
     total = sum(w for _, w, _ in shown) or 1.0
