@@ -38,7 +38,7 @@ m, choice = run.config.model, choose(run.config.train.device, run.config.train.d
 
 {m.num_params():,} parameters, {m.active_params():,} of them active per token: {m.n_layers} layers of {m.n_experts} experts,
 top-{m.top_k}. Trained for {metrics[-1]['step']:,} steps, {metrics[-1]['tokens']:,} tokens, in {metrics[-1]['seconds']:.0f} seconds
-on {torch.get_num_threads()} CPU cores ({str(choice.dtype).removeprefix('torch.')}, PyTorch {torch.__version__.split('+')[0]}, Python {platform.python_version()}).
+of training on a CPU ({str(choice.dtype).removeprefix('torch.')}, PyTorch {torch.__version__.split('+')[0]}, Python {platform.python_version()}).
 The weights are those of step {best['step']:,}, where the loss on all held-out text was lowest.
 
 | held-out text of | bits per byte | `xz -9e`, given all training text |

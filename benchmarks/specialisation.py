@@ -20,6 +20,8 @@ import platform
 import shlex
 import sys
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +30,9 @@ import numpy as np
 import torch
 
 from minimoe import ModelConfig, MoETransformer, TrainConfig, Trainer
-from minimoe.config import DataConfig
-from minimoe.data.corpora import Document
-from minimoe.data.loader import TextData, load_data
+from minimoe.data.corpora import Corpus, Document, load_corpus
+from minimoe.data.loader import TextData, join
+from minimoe.data.mixture import Mixture, Stream
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.explore import specialisation, specialisation_difference, token_identity_router
 from minimoe.explore.specialisation import Difference, Specialisation
@@ -57,8 +59,9 @@ class Settings:
     steps: int = 300
     threads: int = 1
     window: int = 64            # tokens of one piece of a document that is measured on
-    held_out: int = 60          # such pieces per domain, where there is so much text
-    known: int = 300            # the same of training documents, to fit routers on that see the token alone
+    documents: int = 24         # held-out documents per domain that are measured on
+    pieces: int = 48            # windows of them per domain, fewer where they are short
+    known: int = 300            # windows of training text per domain, to fit routers on that see the token alone
     draws: int = 500            # of the bootstrap
 
 
@@ -73,8 +76,23 @@ class Probe:
 
 
 def load_text(s: Settings) -> TextData:
-    """The corpora in equal shares, and a tokenizer made from their training documents."""
-    return load_data(DataConfig(mixture=s.corpora, tokenizer_vocab=s.vocab))
+    """The corpora in equal shares, and a tokenizer made from their training documents.
+
+    The library holds out few documents where they are long. An interval over documents needs more of them, so further
+    whole ones are set apart, by a hash of their names, until there are enough of each domain.
+    """
+    corpora = []
+    for corpus in map(load_corpus, s.corpora):
+        held = list(corpus.held_out)
+        hashed = sorted(corpus.train, key=lambda d: zlib.crc32(d.name.encode()))
+        for domain in sorted({d.domain for d in hashed}):
+            missing = s.documents - sum(d.domain == domain for d in held)
+            held += [d for d in hashed if d.domain == domain and len(d.text) > 8 * s.window][:max(0, missing)]
+        names = {d.name for d in held}
+        corpora.append(Corpus(corpus.name, tuple(d for d in corpus.train if d.name not in names), tuple(held)))
+    tokenizer = Tokenizer.bpe([d.text for c in corpora for d in c.train], s.vocab)
+    streams = tuple(Stream(c.name, join(c.train, tokenizer)) for c in corpora)
+    return TextData(Mixture(streams, (1.0,) * len(streams)), tuple(corpora), tokenizer)
 
 
 def model_config(s: Settings, vocab_size: int) -> ModelConfig:
@@ -115,9 +133,10 @@ def probe(documents: list[Document], tokenizer: Tokenizer, pieces: int, window: 
 
 
 def probes(data: TextData, s: Settings) -> tuple[Probe, Probe]:
-    """Pieces of the training documents, and of the held-out documents."""
-    return tuple(probe([d for c in data.corpora for d in getattr(c, part)], data.tokenizer, pieces, s.window)
-                 for part, pieces in (("train", s.known), ("held_out", s.held_out)))
+    """Windows of the training documents, and of the held-out documents."""
+    train, held = ([d for c in data.corpora for d in getattr(c, part)] for part in ("train", "held_out"))
+    few = [[d for d in held if d.domain == domain][:s.documents] for domain in sorted({d.domain for d in held})]
+    return probe(train, data.tokenizer, s.known, s.window), probe(sum(few, []), data.tokenizer, s.pieces, s.window)
 
 
 @torch.no_grad()
@@ -196,31 +215,52 @@ def run(seeds: int, s: Settings, say: Callable[[str], None] = print) -> dict:
     cfg = model_config(s, data.tokenizer.vocab_size)
     result = {"what": __doc__.split("\n")[0], "date": datetime.date.today().isoformat(), "machine": machine(),
               "settings": dataclasses.asdict(s), "params": cfg.num_params(), "active_params": cfg.active_params(),
-              "domains": new.domains, "held_out_documents": documents(new), "held_out_tokens": tokens(new), "seeds": []}
+              "domains": new.domains, "held_out": {name: {"documents": len(set(new.document[new.domain == i].tolist())),
+                                  "tokens": int((new.domain == i).sum())} for i, name in enumerate(new.domains)},
+              "seeds": []}
     for seed in range(seeds):
+        started = time.process_time()
         untrained, trainer = train(data, s, seed)
+        cpu_seconds = round(time.process_time() - started, 1)
         found = measure(trainer.model, untrained, known, new, s.draws)
         stats = trainer.rows[-1]["routing"]
         result["seeds"].append({"seed": seed, **found, "max_vio": [x["max_vio"] for x in stats],
                                 "ce": [[row["step"], row["ce"]] for row in trainer.rows],
-                                "seconds": round(trainer.seconds, 1)})
+                                "cpu_seconds": cpu_seconds})
         if seed == 0:
-            result["shares"] = {name: shares(first_choices(m, new), new, s.experts)
-                                for name, m in (("trained", trainer.model), ("untrained", untrained))}
+            trained_NL, untrained_NL = (first_choices(m, new) for m in (trainer.model, untrained))
+            result["shares"] = {"trained": shares(trained_NL, new, s.experts),
+                                "untrained": shares(untrained_NL, new, s.experts)}
+            result["favourites"] = favourites(trained_NL, new, data.tokenizer, s.experts)
+            result["same_token"] = same_token(trained_NL[:, -1], new, data.tokenizer, s.experts)
         d = found["trained_minus"]
         say(f"seed {seed}: trained {found['trained']['excess']:.3f} bits; minus untrained {line(d['untrained'])}; minus "
-            f"identity {line(d['identity'])}; minus habit {line(d['habit'])}; {trainer.seconds:.0f} s")
+            f"identity {line(d['identity'])}; minus habit {line(d['habit'])}; {cpu_seconds} CPU seconds")
     return result
 
 
-def documents(text: Probe) -> dict[str, int]:
-    """Documents per domain."""
-    return {name: len(set(text.document[text.domain == i].tolist())) for i, name in enumerate(text.domains)}
+def favourites(first_NL: np.ndarray, text: Probe, tokenizer: Tokenizer, n_experts: int, most: int = 6) -> list:
+    """For each layer and expert the pieces of text that it is most often the first choice of, with their counts."""
+    ids_N = text.tokens.flatten().numpy()
+    return [[[[tokenizer.decode([int(i)]), int(n)] for i, n in Counter(ids_N[first_N == e].tolist()).most_common(most)]
+             for e in range(n_experts)] for first_N in first_NL.T]
 
 
-def tokens(text: Probe) -> dict[str, int]:
-    """Tokens per domain."""
-    return {name: int((text.domain == i).sum()) for i, name in enumerate(text.domains)}
+def same_token(first_N: np.ndarray, text: Probe, tokenizer: Tokenizer, n_experts: int, least: int = 20) -> list[dict]:
+    """Tokens that stand at least `least` times in two domains or more: which expert each domain sends them to.
+
+    For every domain the number of places, the commonest first expert, and the share of the places that it has.
+    """
+    ids_N, found = text.tokens.flatten().numpy(), []
+    for token in np.unique(ids_N).tolist():
+        by_domain = {}
+        for d, name in enumerate(text.domains):
+            counts = np.bincount(first_N[(ids_N == token) & (text.domain == d)], minlength=n_experts)
+            if counts.sum() >= least:
+                by_domain[name] = [int(counts.sum()), int(counts.argmax()), round(float(counts.max() / counts.sum()), 4)]
+        if len(by_domain) > 1:
+            found.append({"token": tokenizer.decode([token]), "domains": by_domain})
+    return sorted(found, key=lambda row: -sum(n for n, _, _ in row["domains"].values()))
 
 
 def line(d: dict[str, float]) -> str:
@@ -247,7 +287,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     settings, seeds = Settings(steps=args.steps, threads=args.threads), args.seeds
     if args.quick:
-        settings, seeds = Settings(corpora=("worlds",), steps=20, known=30, held_out=30, draws=50), 2
+        settings, seeds = Settings(corpora=("worlds",), steps=20, known=30, draws=50), 2
     out = args.out or (None if args.quick else RESULT)
     started = time.perf_counter()
     result = run(seeds, settings, lambda text: print(text, flush=True))

@@ -154,8 +154,8 @@ def test_line_budgets(record_property):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_file(path):
-    """At most 350 lines, and every text file is opened with its encoding named."""
-    assert lines(path) <= 350, f"{lines(path)} lines"
+    """At most 350 lines (but for the lists of wrong answers), and every text file is opened with its encoding named."""
+    assert lines(path) <= 350 or path.parent.name == "wrong_answers", f"{lines(path)} lines"
     bare = []
     for call in (node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)):
         name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")

@@ -164,6 +164,8 @@ def compare(got: Any, expected: Any, name: str, tol: float = 1e-5, mistake: Mist
     for index, g, e in _places(_lists(got), _lists(expected), ()):
         if g is None or e is None:
             raise Wrong(f"{name} with {'a' if g is None else 'no'} value at {list(index)}", "another shape", mistake)
+        if not isinstance(g, (int, float)):
+            raise Wrong(f"{name}{list(index)} = {_number(e)}", f"{type(g).__name__} {g!r}"[:60], mistake)
         if not abs(g - e) <= tol + tol * abs(e):    # written so that nan differs
             raise Wrong(f"{name}{list(index)} = {_number(e)}", _number(g), mistake)
 
@@ -270,5 +272,5 @@ def _rng(*words: Any) -> random.Random:
 def _diagnosed(diagnose, learner: Learner, rng: random.Random) -> Mistake | None:
     try:
         return diagnose(learner, rng)
-    except Wrong:       # the learner's function does not run on these inputs: nothing to recognize
+    except Exception:       # the learner's function gives nothing on these inputs that could be recognized
         return None

@@ -9,10 +9,13 @@ Usage: python -m minimoe.course.exercises [--check]     (--check writes nothing:
 """
 from __future__ import annotations
 
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+KINDS = ("implement", "predict", "debug", "experiment")
 FOLDED = ("solution", "hide-input")     # tags of a solution cell, for the site
 
 
@@ -34,6 +37,43 @@ def check_cell(exercise: str, points: int) -> dict[str, Any]:
     """
     return {"nbgrader": {"grade": True, "grade_id": f"check_{exercise}", "locked": True, "points": points,
                          "schema_version": 3, "solution": False, "task": False}}
+
+
+@dataclass(frozen=True)
+class Card:
+    """The head of an exercise: its name (that of its check too), title, kind, difficulty 1 to 5, minutes, section."""
+
+    name: str
+    title: str
+    kind: str
+    difficulty: int
+    minutes: int
+    section: str
+
+
+def cards(notebook: Path) -> list[Card]:
+    """The cards of an exercise or solution notebook, in their order.
+
+    A card is a Markdown cell tagged `exercise`, with a heading and this line:
+
+        **Exercise** `name` · **Kind** implement · **Difficulty** 2 of 5 · **Time** 20 minutes · **Section** [Chapter 4, Build it](…)
+
+    Raises:
+        ValueError: a card lacks one of these; the message names it.
+    """
+    import nbformat
+
+    found = []
+    for cell in nbformat.read(notebook, 4).cells:
+        if cell.cell_type == "markdown" and "exercise" in cell.metadata.get("tags", []):
+            title = re.match(r"## (.+)", cell.source)
+            head = re.search(r"^\*\*Exercise\*\* `(\w+)` · \*\*Kind\*\* (\w+) · \*\*Difficulty\*\* ([1-5]) of 5 · "
+                             r"\*\*Time\*\* (\d+) minutes · \*\*Section\*\* \[([^\]]+)\]\(\S+\)$", cell.source, re.M)
+            if not (title and head) or head.group(2) not in KINDS:
+                raise ValueError(f"{notebook}: the head of the card '{cell.source[:60]}' is not as `cards` describes it")
+            name, kind, difficulty, minutes, section = head.groups()
+            found.append(Card(name, title.group(1), kind, int(difficulty), int(minutes), section))
+    return found
 
 
 def student_version(source: Path) -> str:

@@ -1,7 +1,7 @@
 """Answers to the exercises of chapter 4 that are wrong, each as a learner could write it and believe in it.
 
 WRONG maps the name of an exercise to pairs (function, name of the mistake that the check must name). Each runs and gives
-the right shapes, at least at first sight. `python tests/wrong_answers/router.py` prints the table wrong answer x message.
+the right shapes, at least at first sight. `python -m tests.test_checks router` prints the table wrong answer x message.
 """
 import math
 
