@@ -24,6 +24,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	touch $@
 
 lab: setup               ## open chapter 0 in JupyterLab
+	@$(BIN)/python -m nbformat.sign notebooks/*.ipynb exercises/*.ipynb solutions/*.ipynb >/dev/null
 	$(BIN)/python -m jupyterlab notebooks/00_start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 test: setup              ## run everything: style, library, notebooks, exercises, the site in a browser

@@ -1,4 +1,4 @@
-"""exercises/ is what solutions/ gives; a student's notebook stops at its stubs only; every card has all that a card needs."""
+"""exercises/ is what solutions/ gives; a student's notebook stops at its stubs only; every card is complete."""
 import ast
 import json
 import re
@@ -27,7 +27,8 @@ def run(path: Path, allow_errors: bool = False):
 
 
 def errors(nb):
-    return [(cell, o) for cell in nb.cells if cell.cell_type == "code" for o in cell.outputs if o.output_type == "error"]
+    code = [cell for cell in nb.cells if cell.cell_type == "code"]
+    return [(cell, o) for cell in code for o in cell.outputs if o.output_type == "error"]
 
 
 def test_exercises_are_in_sync():
@@ -74,7 +75,7 @@ def test_a_solution_and_a_check_for_every_card(sheet):
         assert f"check_{card.name}({card.name})" in check.source and "check" in check.metadata.tags
         printed = "".join(o.get("text", "") for o in check.outputs)
         points = check.metadata.nbgrader.points
-        assert f"{card.name}: {points} of {points} points, passed" in printed, "the points of the cell are those of the check"
+        assert f"{card.name}: {points} of {points} points, passed" in printed, "points of the cell and the check differ"
     assert len(by_id) == 2 * len(cards(sheet))
 
 
@@ -94,7 +95,7 @@ def test_the_exercise_stops_only_at_its_stubs(sheet, tmp_path):
     at_checks = []
     for cell, error in errors(nb):
         stub = re.match(r"(\w+): your code here$", error.evalue)
-        assert error.ename == "NotImplementedError" and stub and stub.group(1) in names, (cell.source, error.ename, error.evalue)
+        assert error.ename == "NotImplementedError" and stub and stub.group(1) in names, (cell.source, error.evalue)
         if "check" in cell.metadata.get("tags", []):
             at_checks.append(stub.group(1))
             assert len("".join(error.traceback)) < 200          # the learner sees a line, not the insides of the check
@@ -109,7 +110,8 @@ def test_the_stub_is_named_after_its_exercise():
 
 def small_course(root: Path, source: str, metadata: dict | None = None):
     (root / "solutions").mkdir()
-    cell = nbformat.v4.new_code_cell(source, metadata=exercises.solution_cell("twice") if metadata is None else metadata, id="a")
+    metadata = exercises.solution_cell("twice") if metadata is None else metadata
+    cell = nbformat.v4.new_code_cell(source, metadata=metadata, id="a")
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), root / "solutions" / "01_x.ipynb")
 
 

@@ -26,17 +26,21 @@ def good():
     """The smallest chapter without a fault."""
     prose = "Plain words about routers that say what happens and why. " * 220
     cells = [
-        md("# 4. The router\n\n**Claim.** Content decides.\n\n**Objectives**\n- write one\n- compare two\n- measure it\n- explain why\n\n"
+        md("# 4. The router\n\n**Claim.** Content decides.\n\n**Objectives**\n- write one\n- compare two\n- measure "
+           "it\n- explain why\n\n"
            "**Time** 90 minutes\n\n**Builds on** chapter 3"),
         md("## Set-up"), code("import torch", "hide-input", jupyter={"source_hidden": True}),
         code('SEED = 0\nDEVICE = "cpu"\nDTYPE = "float32"\nTHREADS = 2', "parameters"),
         md("## A first look\n\n" + prose), code("print(torch.ones(3).sum())", out="7 tokens"),
         md("## Predict\n\nWhat will it be?"),
-        md("## The idea\n\nTwo tokens share 0.7 and 0.3 (worked by hand).\n\n$p_i = 0.25$, see section 2.1\n\n| a | b |\n|---|---|\n| 1 | 2 |"),
-        md("## Build it: in one step"), code("def softmax_topk(x):\n    return x * 1"), code("print(softmax_topk(2.0))", "check", out="2.5"),
+        md("## The idea\n\nTwo tokens share 0.7 and 0.3 (worked by hand).\n\n$p_i = 0.25$, see section 2.1\n\n| a | b "
+           "|\n|---|---|\n| 1 | 2 |"),
+        md("## Build it: in one step"), code("def softmax_topk(x):\n    return x * 1"),
+        code("print(softmax_topk(2.0))", "check", out="2.5"),
         md("## The library's version"),
         code("from minimoe.router import softmax_topk as theirs\nassert softmax_topk(1.0).grad == theirs(1.0).grad"),
-        md("## Experiment"), code('from IPython.display import Markdown, display\ndisplay(Markdown(f"it is {2 / 3:.2f}"))', out="it is 0.67"),
+        md("## Experiment"), code('from IPython.display import Markdown, display\ndisplay(Markdown(f"it is {2 / '
+                                  '3:.2f}"))', out="it is 0.67"),
         md("## See it"), *[code(f'show(bars({i}), alt="{alt}")') for i, alt in enumerate(ALTS)],
         md("## Break it"), code("1 / 0", "raises-exception"),
         md("## Exercises\n\n[Five cards](../exercises/04_router.ipynb)"),
@@ -95,7 +99,8 @@ def drop(start):
 
 def more_figures(n):
     def change(nb):
-        nb["cells"] += [code(f'show(f, alt="{"more " * i} lines that cross in the middle, then part")', count=90 + i) for i in range(n)]
+        nb["cells"] += [code(f'show(f, alt="{"more " * i} lines that cross in the middle, then part")',
+                             count=90 + i) for i in range(n)]
     return change
 
 
@@ -133,7 +138,8 @@ BROKEN = [      # (rule, words of the message, what is done to the good chapter)
     ("contents", "is empty", update("## References", source="## References")),
     ("sizes", "words of prose", replace("## A first look", "Plain words about routers", "Routers")),
     ("sizes", "words of prose", add_prose("word " * 1500)),
-    ("sizes", "visible lines", lambda nb: [add_code("\n".join(f"x{i} = {i}" for i in range(25)))(nb) for _ in range(14)]),
+    ("sizes", "visible lines",
+     lambda nb: [add_code("\n".join(f"x{i} = {i}" for i in range(25)))(nb) for _ in range(14)]),
     ("sizes", "26 lines", add_code("\n".join(f"x{i} = {i}" for i in range(26)))),
     ("sizes", "median", replace("def softmax_topk", "    return", "    #\n" * 12 + "    return")),
     ("sizes", "bytes", add_prose("<!--" + "x" * 1_000_000 + "-->")),
@@ -169,7 +175,8 @@ BROKEN = [      # (rule, words of the message, what is done to the good chapter)
     ("check", "never checked", replace("def softmax", "def softmax_topk", "def mine(): pass\n\ndef softmax_topk")),
     ("shadows", "capacity", add_code("def capacity(x):\n    return x")),
     ("shadows", "softmax_topk", replace("from minimoe", " == theirs(1.0).grad", "")),
-    ("compared", "only 0 of", lambda nb: [c.update(outputs=[{"output_type": "stream", "name": "stdout", "text": "fine"}])
+    ("compared", "only 0 of", lambda nb: [c.update(outputs=[{"output_type": "stream", "name": "stdout",
+                                                             "text": "fine"}])
                                           for c in nb["cells"] if c["cell_type"] == "code" and c["outputs"]]),
 ]
 
@@ -189,7 +196,8 @@ def test_each_fault_is_named(rule, words, change, tmp_path):
     add_prose("### By hand (worked by hand)\n\nFirst 0.5.\n\nThen 0.25."),
     add_prose("A table of 2 x 3, run it three times."),
     add_code("def hard_to_shadow(x):\n    return x"),
-    add_code("def capacity(factor, tokens, k, n_experts):\n    '''Mine.'''\n    return math.ceil(factor * tokens * k / n_experts)"),
+    add_code("def capacity(factor, tokens, k, n_experts):\n    '''Mine.'''\n    return math.ceil(factor * tokens * k "
+             "/ n_experts)"),
     add_code("import torch\nSIZE = 3", "nbval-skip"),
 ])
 def test_what_is_allowed(change, tmp_path):
@@ -226,7 +234,8 @@ def share_of(outputs, source="f()", tags=(), clean=()):
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.ipynb"
-        path.write_text(json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+        path.write_text(json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}),
+                        encoding="utf-8")
         return lint.share(read(path), clean)
 
 
@@ -246,8 +255,9 @@ def test_what_counts_as_compared():
     assert share_of(shown("application/vnd.jupyter.widget-view+json", {"version_major": 2})) == (0, 1)
     assert share_of(shown("text/html", "<p style='width:7px'>none</p><script>let x = 5</script>")) == (0, 1)
     assert share_of(shown("text/html", "<svg width='9'><rect x='3.5'/></svg>")) == (1, 1)
-    assert share_of(shown("application/vnd.plotly.v1+json", {"data": [{"y": [1.5]}], "layout": {"height": 400}})) == (1, 1)
-    assert share_of(shown("application/vnd.plotly.v1+json", {"data": [], "layout": {"height": 400}})) == (0, 1)
+    plotly, layout = "application/vnd.plotly.v1+json", {"height": 400}
+    assert share_of(shown(plotly, {"data": [{"y": [1.5]}], "layout": layout})) == (1, 1)
+    assert share_of(shown(plotly, {"data": [], "layout": layout})) == (0, 1)
     assert share_of([{"output_type": "error", "ename": "E", "evalue": "7 rows", "traceback": []}]) == (1, 1)
 
 
@@ -259,12 +269,14 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     nb = good()
     path.write_text(json.dumps(nb), encoding="utf-8")
     assert lint.main([]) == 0
-    assert "words, 21 lines of code, 8 figures (8 computed), 4 of 4 cells with output compared" in capsys.readouterr().out
+    figures = "words, 21 lines of code, 8 figures (8 computed), 4 of 4 cells with output compared"
+    assert figures in capsys.readouterr().out
     broken = copy.deepcopy(nb)
     add_prose("It fell by 3 %.")(broken)
     path.write_text(json.dumps(broken), encoding="utf-8")
     assert lint.main([str(path)]) == 1
-    assert f"{path}: cell {broken['cells'].index(find(broken, '## Summary'))}: [numbers] '3 %'" in capsys.readouterr().out
+    number = broken["cells"].index(find(broken, "## Summary"))
+    assert f"{path}: cell {number}: [numbers] '3 %'" in capsys.readouterr().out
     path.write_text("not a notebook", encoding="utf-8")
     assert lint.main([]) == 2
     assert "04_router.ipynb is not a notebook" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A chapter's notebook as the lint sees it: cells with their section, prose without its formulas, numbers in outputs."""
+"""A chapter's notebook as the lint sees it: cells and their sections, prose without formulas, numbers in outputs."""
 from __future__ import annotations
 
 import ast
@@ -154,7 +154,8 @@ def read(path: Path) -> Chapter:
             for line in source.splitlines():
                 fence ^= line.lstrip().startswith(("```", "~~~"))
                 section = (not fence and heading(line)) or section
-        cells.append(Cell(number=number, kind=c["cell_type"], source=source, section=section, metadata=c.get("metadata", {}),
+        cells.append(Cell(number=number, kind=c["cell_type"], source=source, section=section,
+                          metadata=c.get("metadata", {}),
                           tags=frozenset(c.get("metadata", {}).get("tags", [])), outputs=tuple(c.get("outputs", [])),
                           execution_count=c.get("execution_count")))
         c.update({"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {})
@@ -164,7 +165,8 @@ def read(path: Path) -> Chapter:
 def words(cell: Cell) -> int:
     """How many words of prose a Markdown cell has; rows of tables are not prose.
 
-    >>> words(Cell(number=0, kind="markdown", section="", tags=frozenset(), metadata={}, source="Two words\\n\\n| a | b |"))
+    >>> text = "Two words\\n\\n| a | b |"
+    >>> words(Cell(number=0, kind="markdown", section="", tags=frozenset(), metadata={}, source=text))
     2
     """
     lines = [line for line in cell.prose.splitlines() if not line.lstrip().startswith("|")]

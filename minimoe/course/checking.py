@@ -14,8 +14,8 @@ comes from a slow oracle in plain Python (`checks/oracle.py`), never from a ship
     def check_relu(fn, seed=0):
         return run_check("relu", fn, [Property("negative numbers become 0", 2, _positive_part)], seed)
 
-Which mistake a report names, in this order: the one that `Wrong` carries; the one that `diagnose` recognizes (usually by
-comparing with what each mistake would compute, `first_match`); the property's own `fallback`; else "not recognized".
+Which mistake a report names, in this order: the one that `Wrong` carries; the one that `diagnose` recognizes (usually
+by comparing with what each mistake would compute, `first_match`); the property's own `fallback`; else "not recognized".
 """
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["CheckFailed", "Learner", "Mistake", "Property", "Report", "Result", 
 
 @dataclass(frozen=True)
 class Property:
-    """One thing that must hold: its `name`, its `points`, the `test(fn, rng)`, and the mistake to name for want of a better."""
+    """One thing that must hold: `name`, `points`, `test(fn, rng)`, and the mistake to name for want of a better one."""
 
     name: str
     points: int
@@ -77,7 +77,8 @@ class Learner:
 
 
 def run_check(exercise: str, fn: Callable, properties: Iterable[Property], seed: int = 0,
-              diagnose: Callable[[Learner, random.Random], Mistake | None] | None = None, value: bool = False) -> Report:
+              diagnose: Callable[[Learner, random.Random], Mistake | None] | None = None,
+              value: bool = False) -> Report:
     """Tests every property of `fn`, prints the report, and gives it back.
 
     With `value=True` the object need not be a function: the properties find it as `fn.fn`.
@@ -98,7 +99,8 @@ def run_check(exercise: str, fn: Callable, properties: Iterable[Property], seed:
       ok  1/1  the inputs are left as they were
     """
     if not (value or callable(fn)):
-        raise TypeError(f"check_{exercise} takes your function itself, got {type(fn).__name__}: write check_{exercise}({exercise})")
+        raise TypeError(f"check_{exercise} takes your function itself, got {type(fn).__name__}: write "
+                        f"check_{exercise}({exercise})")
     learner, results, known = Learner(exercise, fn), [], []
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -122,7 +124,7 @@ def first_match(candidates: Iterable[tuple[Mistake, Callable[[], bool]]]) -> Mis
     return next((mistake for mistake, is_it in candidates if is_it()), None)
 
 
-# --- what properties are written with ----------------------------------------------------------------------------------
+# --- what properties are written with ---------------------------------------------------------------------------------
 def expect_tensor(value: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = torch.float32,
                   mistake: Mistake | None = None) -> Tensor:
     """`value`, if it is a tensor of that shape and dtype (None: any).
@@ -159,7 +161,7 @@ def compare(got: Any, expected: Any, name: str, tol: float = 1e-5, mistake: Mist
 
     >>> compare([[1.0, 2.0]], [[1.0, 2.5]], "weights")
     Traceback (most recent call last):
-    minimoe.course.checking.Wrong: expected weights[0, 1] = 2.5, got 2
+    minimoe.course.report.Wrong: expected weights[0, 1] = 2.5, got 2
     """
     for index, g, e in _places(_lists(got), _lists(expected), ()):
         if g is None or e is None:
@@ -183,7 +185,8 @@ def _places(got, expected, index):
     if isinstance(got, list) or isinstance(expected, list):
         got, expected = (x if isinstance(x, list) else [x] for x in (got, expected))
         for i in range(max(len(got), len(expected))):
-            yield from _places(got[i] if i < len(got) else None, expected[i] if i < len(expected) else None, (*index, i))
+            g, e = (x[i] if i < len(x) else None for x in (got, expected))
+            yield from _places(g, e, (*index, i))
     else:
         yield index, got, expected
 
@@ -256,7 +259,8 @@ def _names(fn: Callable, args: Sequence) -> list[str]:
 
 def _unwritten(message: str) -> NotImplementedError:
     error = NotImplementedError(message)
-    error._render_traceback_ = lambda: [f"NotImplementedError: {message}"]     # a notebook need not show the check's insides
+    # a notebook need not show the insides of the check
+    error._render_traceback_ = lambda: [f"NotImplementedError: {message}"]
     return error
 
 

@@ -1,11 +1,11 @@
 """`make exercises`: what the learner gets, exercises/*.ipynb, from the one source, solutions/*.ipynb.
 
-A solution stands between `### BEGIN SOLUTION` and `### END SOLUTION`, in a cell with nbgrader's metadata (`solution_cell`
-makes it). In the exercise it becomes `raise NotImplementedError("<exercise>: your code here")`; outputs go, and so do the
-tags that fold the solution away on the site. The same solutions always give the same bytes. nbgrader does the work, as a
-library: a course that grades with nbgrader can take solutions/ as its source folder.
+A solution stands between `### BEGIN SOLUTION` and `### END SOLUTION`, in a cell with nbgrader's metadata
+(`solution_cell` makes it). In the exercise it becomes `raise NotImplementedError("<exercise>: your code here")`;
+outputs go, and so do the tags that fold the solution away on the site. The same solutions always give the same bytes.
+nbgrader does the work, as a library: a course that grades with nbgrader can take solutions/ as its source folder.
 
-Usage: python -m minimoe.course.exercises [--check]     (--check writes nothing: exit code 1 where exercises/ is out of date)
+Usage: python -m minimoe.course.exercises [--check]    (--check only compares: exit code 1 if one is out of date)
 """
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def cards(notebook: Path) -> list[Card]:
 
     A card is a Markdown cell tagged `exercise`, with a heading and this line:
 
-        **Exercise** `name` · **Kind** implement · **Difficulty** 2 of 5 · **Time** 20 minutes · **Section** [Chapter 4, Build it](…)
+    **Exercise** `name` · **Kind** implement · **Difficulty** 2 of 5 · **Time** 20 minutes · **Section** [Name](…)
 
     Raises:
         ValueError: a card lacks one of these; the message names it.
@@ -70,7 +70,7 @@ def cards(notebook: Path) -> list[Card]:
             head = re.search(r"^\*\*Exercise\*\* `(\w+)` · \*\*Kind\*\* (\w+) · \*\*Difficulty\*\* ([1-5]) of 5 · "
                              r"\*\*Time\*\* (\d+) minutes · \*\*Section\*\* \[([^\]]+)\]\(\S+\)$", cell.source, re.M)
             if not (title and head) or head.group(2) not in KINDS:
-                raise ValueError(f"{notebook}: the head of the card '{cell.source[:60]}' is not as `cards` describes it")
+                raise ValueError(f"{notebook}: the head of the card '{cell.source[:60]}' is not as `cards` wants it")
             name, kind, difficulty, minutes, section = head.groups()
             found.append(Card(name, title.group(1), kind, int(difficulty), int(minutes), section))
     return found
@@ -80,7 +80,7 @@ def student_version(source: Path) -> str:
     """The text of the exercise notebook that belongs to the solution notebook `source`.
 
     Raises:
-        SystemExit: nbgrader is not installed, or a solution stands where it would be handed out; the message names the file.
+        SystemExit: nbgrader is not installed, or a solution would be handed out; the message names the file.
     """
     import nbformat
 
@@ -142,7 +142,8 @@ def main(argv: list[str] | None = None, root: Path | None = None) -> int:
     argv, root = sys.argv[1:] if argv is None else argv, Path() if root is None else root
     sources = sorted((root / "solutions").glob("*.ipynb"))
     if argv not in ([], ["--check"]) or not sources:
-        print(__doc__ if argv else "no solutions/*.ipynb here: run this from the top folder of the checkout", file=sys.stderr)
+        print(__doc__ if argv else "no solutions/*.ipynb here: run this from the top folder of the checkout",
+              file=sys.stderr)
         return 2
     if argv:
         faults = out_of_date(root)

@@ -1,7 +1,8 @@
 """`python -m minimoe.course.lint`: does every chapter keep the contract that the course makes with its reader?
 
-Prints a line per fault (file, cell, rule, what is wrong and what to do) and a line of figures per chapter; the exit code is
-1 if there is a fault. The rules are in `lint_text.py` and `lint_code.py`, each with its reason. What a chapter must have:
+Prints a line per fault (file, cell, rule, what is wrong and what to do) and a line of figures per chapter; the exit
+code is 1 if there is a fault. The rules are in `lint_text.py` and `lint_code.py`, each with its reason. What a chapter
+must have:
 
 **Opening**, before the first section: `# N. Title`, a paragraph that starts with `**Claim.**`, a list under
 `**Objectives**` of 4 to 6 items that start with a verb, `**Time**` with its minutes, `**Builds on**`.
@@ -37,7 +38,8 @@ from minimoe.course.chapter import Chapter, Fault, outputs_hold_a_result, read, 
 from minimoe.course.run_notebooks import RULES as SANITIZE
 from minimoe.course.run_notebooks import read_rules, sanitize
 
-RULES = (lint_code.syntax, lint_text.opening, lint_text.sections, lint_text.contents, lint_text.sizes, lint_text.numbers,
+RULES = (lint_code.syntax, lint_text.opening, lint_text.sections, lint_text.contents, lint_text.sizes,
+         lint_text.numbers,
          lint_code.parameters, lint_code.tags, lint_code.pictures, lint_code.no_installing, lint_code.executed,
          lint_code.skipped, lint_code.errors, lint_code.checked, lint_code.shadows)
 BUILDS_NOTHING = "uses the library before any of it is built, to show what the course is about"
@@ -64,9 +66,10 @@ def compared(chapter: Chapter, sanitizing: list = ()) -> Iterator[Fault]:
     """An output that is not compared can become wrong without anybody noticing."""
     held, cells = share(chapter, sanitizing)
     if cells and held < SHARE * cells:
-        missing = [c.number for c in chapter.code if c.outputs and not outputs_hold_a_result(c, lambda t: sanitize(t, sanitizing))]
-        yield Fault("compared", None, f"only {held} of {cells} cells with output have a computed number that nbval compares: "
-                    f"print what cells {missing} find, rounded to what is certain")
+        clean = lambda text: sanitize(text, sanitizing)
+        missing = [c.number for c in chapter.code if c.outputs and not outputs_hold_a_result(c, clean)]
+        yield Fault("compared", None, f"only {held} of {cells} cells with output have a computed number that nbval "
+                    f"compares: print what cells {missing} find, rounded to what is certain")
 
 
 def figures_of(chapter: Chapter, sanitizing: list = ()) -> str:

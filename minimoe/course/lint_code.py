@@ -1,5 +1,7 @@
-"""The lint's rules on cells, figures and outputs. A rule is a function of a chapter that yields its faults; its docstring is
-the reason for it."""
+"""The lint's rules on cells, figures and outputs.
+
+A rule is a function of a chapter that yields its faults; its docstring is the reason for it.
+"""
 from __future__ import annotations
 
 import ast
@@ -11,7 +13,8 @@ from pathlib import Path
 
 from minimoe.course.chapter import PLOTLY, Cell, Chapter, Fault
 
-TAGS = {"parameters", "hide-input", "remove-input", "check", "widget", "raises-exception", "slide", "nbval-ignore-output",
+TAGS = {"parameters", "hide-input", "remove-input", "check", "widget", "raises-exception", "slide",
+        "nbval-ignore-output",
         "nbval-skip", "exercise", "solution"}
 PARAMETERS = ("SEED", "DEVICE", "DTYPE", "THREADS")
 FIGURES, COMPUTED, ALT = (8, 12), 3, 40
@@ -38,10 +41,11 @@ def tags(chapter: Chapter) -> Iterator[Fault]:
         for tag in sorted(cell.tags - TAGS):
             yield Fault("tags", cell.number, f"unknown tag '{tag}': allowed are {', '.join(sorted(TAGS))}")
         if cell.kind == "code" and not cell.visible and not cell.metadata.get("jupyter", {}).get("source_hidden"):
-            yield Fault("tags", cell.number, "the input is hidden on the site only: set the metadata jupyter.source_hidden to true")
+            yield Fault("tags", cell.number, "the input is hidden on the site only: set the metadata "
+                                             "jupyter.source_hidden to true")
 
 
-# --- figures -----------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 def _images(cell: Cell) -> list[str]:
     """The alternative texts of the images in a Markdown cell, "" where there is none."""
     alts = [m.group(1) for m in re.finditer(r"!\[([^\]]*)\]\(", cell.source)]
@@ -68,7 +72,8 @@ def figures(chapter: Chapter) -> tuple[int, int]:
     for cell in chapter.code:
         calls = cell.calls("show")
         drawn += len(calls) or "widget" in cell.tags
-        shown += sum(not isinstance(c.args[0], ast.Constant) for c in calls if c.args) if calls else "widget" in cell.tags
+        computed = [c for c in calls if c.args and not isinstance(c.args[0], ast.Constant)]
+        shown += len(computed) if calls else "widget" in cell.tags
     return drawn + sum(len(_images(c)) for c in chapter.markdown), shown
 
 
@@ -81,17 +86,19 @@ def pictures(chapter: Chapter) -> Iterator[Fault]:
         yield Fault("figures", None, f"{computed} computed figures: have at least {COMPUTED}")
     seen: dict[str, int] = {}
     for cell in chapter.cells:
-        alts = _images(cell) if cell.kind == "markdown" else [_alt(c) for c in cell.calls("show")] if cell.kind == "code" else []
+        alts = [_alt(c) for c in cell.calls("show")] if cell.kind == "code" else _images(cell)
         titles = {_same(t) for t in re.findall(r"(?:title|text)\w*\s*=\s*f?[\"']([^\"']+)", cell.source)}
         for alt in alts:
             if alt is None:
-                yield Fault("alt", cell.number, "show(…) without its text: write alt=\"…\" in the call, as a string")
+                yield Fault("alt", cell.number, "show(…) without its text: write alt=\"…\" in the call, a string")
             elif len(alt.strip()) < ALT:
-                yield Fault("alt", cell.number, f"alternative text of {len(alt.strip())} characters: say in at least {ALT} what is to be seen")
+                yield Fault("alt", cell.number, f"alternative text of {len(alt.strip())} characters: say in at least "
+                                                f"{ALT} what is to be seen")
             elif _same(alt) in titles:
                 yield Fault("alt", cell.number, "the alternative text is the title: say what the figure shows")
             elif _same(alt) in seen:
-                yield Fault("alt", cell.number, f"the same alternative text as in cell {seen[_same(alt)]}: say what is different")
+                yield Fault("alt", cell.number, f"the same alternative text as in cell {seen[_same(alt)]}: say what "
+                                                f"is different")
             if alt:
                 seen.setdefault(_same(alt), cell.number)
         for output in cell.outputs:
@@ -100,14 +107,15 @@ def pictures(chapter: Chapter) -> Iterator[Fault]:
             if PLOTLY in data and not (isinstance(meta, dict) and meta.get("alt")):
                 yield Fault("alt", cell.number, "a plotly figure without alternative text: show(figure, alt=\"…\")")
             if PLOTLY not in data and {"image/png", "image/jpeg"} & data.keys():
-                yield Fault("alt", cell.number, "a bitmap, which has no text and is never compared: draw it with plotly or as SVG, and show(…)")
+                yield Fault("alt", cell.number, "a bitmap, which has no text and is never compared: draw it with "
+                                                "plotly or as SVG, and show(…)")
 
 
 def _same(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-# --- code and outputs --------------------------------------------------------------------------------------------------
+# --- code and outputs -------------------------------------------------------------------------------------------------
 def no_installing(chapter: Chapter) -> Iterator[Fault]:
     """`make setup` installs everything; a notebook that installs changes what the others run with."""
     for cell in chapter.code:
@@ -129,8 +137,10 @@ def executed(chapter: Chapter) -> Iterator[Fault]:
 def skipped(chapter: Chapter) -> Iterator[Fault]:
     """What is skipped can break without anybody noticing."""
     for cell in chapter.code:
-        if "nbval-skip" in cell.tags and any(isinstance(n, (ast.Call, ast.BinOp, ast.For, ast.While)) for n in ast.walk(cell.tree)):
-            yield Fault("skip", cell.number, "is tagged nbval-skip and computes: tag it nbval-ignore-output, so that it still runs")
+        work = (ast.Call, ast.BinOp, ast.For, ast.While)
+        if "nbval-skip" in cell.tags and any(isinstance(n, work) for n in ast.walk(cell.tree)):
+            yield Fault("skip", cell.number, "is tagged nbval-skip and computes: tag it nbval-ignore-output, so that "
+                                             "it still runs")
 
 
 def errors(chapter: Chapter) -> Iterator[Fault]:
@@ -138,7 +148,8 @@ def errors(chapter: Chapter) -> Iterator[Fault]:
     for cell in chapter.code:
         failed = any(o.get("output_type") == "error" for o in cell.outputs)
         if failed and "raises-exception" not in cell.tags:
-            yield Fault("errors", cell.number, "its output is an error: mend it, or tag it raises-exception where that is the lesson")
+            yield Fault("errors", cell.number, "its output is an error: mend it, or tag it raises-exception where "
+                                               "that is the lesson")
         if not failed and "raises-exception" in cell.tags:
             yield Fault("errors", cell.number, "is tagged raises-exception and raises none: take the tag away")
 
@@ -158,7 +169,8 @@ def checked(chapter: Chapter) -> Iterator[Fault]:
     for i, cell in enumerate(cells):
         for name in cell.definitions():
             if not any("check" in c.tags and re.search(rf"\b{name}\b", c.source) for c in cells[i:]):
-                yield Fault("check", cell.number, f"{name} is never checked in Build it: add a cell tagged check that uses it")
+                yield Fault("check", cell.number, f"{name} is never checked in Build it: add a cell tagged check that "
+                                                  f"uses it")
 
 
 def shadows(chapter: Chapter) -> Iterator[Fault]:
@@ -178,7 +190,8 @@ def shadows(chapter: Chapter) -> Iterator[Fault]:
             others = {alias for alias, real in aliases.items() if real == name}
             if not any(_uses(nodes, {name}) and (_uses(nodes, others) or any(
                     isinstance(n, ast.Attribute) and n.attr == name for n in nodes)) for nodes in comparing):
-                yield Fault("shadows", cell.number, f"{name} is also a name of minimoe and is never compared with it: import the "
+                yield Fault("shadows", cell.number, f"{name} is also a name of minimoe and is never compared with it: "
+                                                    f"import the "
                             f"library's as Library{name} and assert that both agree, or choose another name")
 
 

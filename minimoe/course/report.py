@@ -14,13 +14,14 @@ class Mistake:
 
 
 UNKNOWN = Mistake("not recognized", "none of the usual mistakes gives this result: work out this one place by hand.")
-RAISES = Mistake("raises an error", "the error comes from your own code; look at the shapes of the inputs in the line above.")
+RAISES = Mistake("raises an error",
+                 "the error comes from your own code; look at the shapes of the inputs in the lines above.")
 MUTATES = Mistake("changes its input", "your function changes a tensor that belongs to its caller: an operation that "
                   "ends in _ or an assignment to x[...] writes into the argument. Work on a new tensor.")
 
 
 class Wrong(Exception):
-    """What a property raises: what was `expected`, what it `got` (first place and value), the `mistake` if it is known."""
+    """What a property raises: what it `expected`, what it `got` (first place and value), the `mistake` if known."""
 
     def __init__(self, expected: str, got: str, mistake: Mistake | None = None, last_resort: Mistake = UNKNOWN):
         super().__init__(f"expected {expected}, got {got}")

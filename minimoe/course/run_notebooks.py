@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 RULES = Path("tests/nbval_sanitize.cfg")
 # the folders of a path: from where a word begins or a color ends (the m); bounded, as a line of HTML can be long
@@ -58,7 +59,10 @@ def normalize(nb, root: str) -> None:
         if cell.cell_type != "code":
             continue
         for output in cell.outputs:
-            output.get("data", {}).pop(WIDGET_VIEW, None)
+            data = output.get("data", {})
+            data.pop(WIDGET_VIEW, None)
+            if PLOTLY in data:
+                data.pop("image/png", None)     # Lab adds one when it saves
             if output.output_type == "error":
                 output.traceback = [short_paths(line, root) for line in output.traceback]
             if "text" in output:

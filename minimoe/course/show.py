@@ -1,7 +1,7 @@
 """`show(figure, alt=…)`: one way to put a figure into a notebook, with words for those who cannot see it.
 
-What is stored is text that comes out the same at each run: every number of a plotly figure is rounded to six significant
-digits and arrays become lists (plotly stores them bit by bit otherwise), an SVG stays as it is.
+What is stored is text that comes out the same at each run: every number of a plotly figure is rounded to six
+significant digits and arrays become lists (plotly stores them bit by bit otherwise), an SVG stays as it is.
 """
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ DIGITS = 6
 HEIGHT = 400        # pixels, where a figure does not say
 GRAY = "#767676"    # 4.5 : 1 on white and 4.1 : 1 on a dark page
 
-# Lab draws a plotly figure without a name. A hidden text follows it, which a screen reader finds there; where scripts may
-# run, the figure itself takes the text as its label and the hidden copy goes.
+# Lab draws a plotly figure without a name. A hidden text follows it, which a screen reader finds there; where scripts
+# may run, the figure itself takes the text as its label and the hidden copy goes.
 _LABEL = """<div class="minimoe-alt"><span style="position:absolute;width:1px;height:1px;overflow:hidden;\
 clip:rect(0,0,0,0)">{alt}</span><script>(function () {{
 var here = document.currentScript.parentElement, own = here.closest(".jp-OutputArea-child, .output");
@@ -59,7 +59,8 @@ def checked_alt(alt: str) -> str:
     """
     text = " ".join(str(alt).split())
     if len(text) < MIN_ALT:
-        raise ValueError(f'alt="{text}" has {len(text)} characters: say in at least {MIN_ALT} what the figure shows, not its title')
+        raise ValueError(f'alt="{text}" has {len(text)} characters: say in at least {MIN_ALT} what the figure shows, '
+                         f'not its title')
     return text
 
 
@@ -76,7 +77,7 @@ def plotly_json(figure: Any, alt: str) -> dict:
 
 
 def plotly_template() -> dict:
-    """One look for all figures: the explorer's colors, told apart by dashes, symbols and patterns too; no background."""
+    """One look for all figures: the explorer's colors, told apart by dash, symbol and pattern too; no background."""
     from minimoe.explore.svg import PALETTE
 
     dashes = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "5px,2px,1px,2px", "8px,3px")
@@ -86,7 +87,8 @@ def plotly_template() -> dict:
             "ticks": "outside", "tickcolor": GRAY, "automargin": True, "title": {"standoff": 8}}
     return {
         "data": {
-            "scatter": [{"line": {"dash": d, "width": 2.5}, "marker": {"symbol": s, "size": 8}} for d, s in zip(dashes, symbols)],
+            "scatter": [{"line": {"dash": dash, "width": 2.5}, "marker": {"symbol": symbol, "size": 8}}
+                        for dash, symbol in zip(dashes, symbols)],
             "bar": [{"marker": {"pattern": {"shape": p, "solidity": 0.25}}} for p in patterns],
             "heatmap": [{"colorscale": "Cividis", "colorbar": {"outlinewidth": 0, "thickness": 14}}],
         },
@@ -135,14 +137,15 @@ def _unpacked(packed: dict) -> Any:
 def labelled_svg(svg: str, alt: str) -> str:
     """The SVG, its root marked as one image with the text `alt`, alone in a `div` that keeps it inside the page.
 
-    >>> labelled_svg('<svg role="x" width="9"></svg>', "a < b")
-    '<div class="minimoe-figure"><svg role="img" aria-label="a &lt; b" style="max-width:100%;height:auto" width="9"></svg></div>'
+    >>> labelled_svg('<svg role="x" style="color:red"></svg>', "a < b")
+    '<div class="minimoe-figure"><svg role="img" aria-label="a &lt; b" style="color:red"></svg></div>'
     """
     start = re.search(r"<svg\b[^>]*>", svg)
     if start is None:
         raise TypeError("the text to show is not an SVG: it has no <svg …> element")
     root = re.sub(r"\s(role|aria-label)=(\"[^\"]*\"|'[^']*')", "", start.group())
-    label = f'<svg role="img" aria-label="{escape(alt)}"' + ("" if " style=" in root else ' style="max-width:100%;height:auto"')
+    style = "" if " style=" in root else ' style="max-width:100%;height:auto"'
+    label = f'<svg role="img" aria-label="{escape(alt)}"{style}'
     return f'<div class="minimoe-figure">{root.replace("<svg", label, 1)}{svg[start.end():].strip()}</div>'
 
 

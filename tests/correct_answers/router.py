@@ -9,7 +9,7 @@ import torch
 from minimoe import router
 
 
-# --- topk_router -------------------------------------------------------------------------------------------------------
+# --- topk_router ------------------------------------------------------------------------------------------------------
 def topk_by_topk(logits_NE, k, normalize):
     weights_NK, experts_NK = torch.softmax(logits_NE.float(), dim=-1).topk(k)
     return (weights_NK / weights_NK.sum(-1, keepdim=True) if normalize else weights_NK), experts_NK
@@ -43,7 +43,7 @@ def topk_of_the_library(logits_NE, k, normalize):
     return r.weights, r.experts
 
 
-# --- noisy_topk --------------------------------------------------------------------------------------------------------
+# --- noisy_topk -------------------------------------------------------------------------------------------------------
 def noisy_by_randn(logits_NE, k, noise_std, training, generator):
     if training:
         logits_NE = logits_NE + noise_std * torch.randn(logits_NE.shape, generator=generator)
@@ -60,7 +60,7 @@ def noisy_by_normal(logits_NE, k, noise_std, training, generator):
     return weights_NK / weights_NK.sum(-1, keepdim=True), experts_NK
 
 
-# --- switch_keep -------------------------------------------------------------------------------------------------------
+# --- switch_keep ------------------------------------------------------------------------------------------------------
 def keep_by_walking(experts_NK, row_N, n_experts, capacity):
     used, kept_NK = {}, torch.zeros_like(experts_NK, dtype=torch.bool)
     for i, (row, experts) in enumerate(zip(row_N.tolist(), experts_NK.tolist())):
@@ -79,11 +79,12 @@ def keep_by_counting(experts_NK, row_N, n_experts, capacity):
 
 def keep_of_the_library(experts_NK, row_N, n_experts, capacity):
     probs_NE = torch.zeros(len(row_N), n_experts)
-    r = router.Routing(experts_NK.float(), experts_NK, probs_NE, probs_NE, torch.ones_like(experts_NK, dtype=torch.bool))
+    r = router.Routing(experts_NK.float(), experts_NK, probs_NE, probs_NE,
+                       torch.ones_like(experts_NK, dtype=torch.bool))
     return router.within_capacity(r, capacity, row_N).kept
 
 
-# --- sigmoid_bias_router -----------------------------------------------------------------------------------------------
+# --- sigmoid_bias_router ----------------------------------------------------------------------------------------------
 def bias_by_gather(logits_NE, bias_E, k):
     scores_NE = torch.sigmoid(logits_NE.float())
     experts_NK = (scores_NE + bias_E).topk(k).indices
@@ -106,7 +107,7 @@ def bias_of_the_library(logits_NE, bias_E, k):
     return r.weights, r.experts
 
 
-# --- expert_choice -----------------------------------------------------------------------------------------------------
+# --- expert_choice ----------------------------------------------------------------------------------------------------
 def choice_by_topk(logits_NE, capacity):
     probs_NE = logits_NE.float().softmax(-1)
     tokens_CE = probs_NE.topk(min(capacity, len(probs_NE)), dim=0).indices
@@ -126,7 +127,7 @@ def choice_of_the_library(logits_NE, capacity):
     return r.weights * r.kept, r.kept
 
 
-# --- the other cards ---------------------------------------------------------------------------------------------------
+# --- the other cards --------------------------------------------------------------------------------------------------
 def predictions():
     return {"shift": "same", "shift_sigmoid": "smaller", "double": "larger", "more_choices_normalized": "smaller",
             "more_choices": "same", "one_choice_normalized": "same"}

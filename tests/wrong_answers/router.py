@@ -1,7 +1,8 @@
 """Answers to the exercises of chapter 4 that are wrong, each as a learner could write it and believe in it.
 
-WRONG maps the name of an exercise to pairs (function, name of the mistake that the check must name). Each runs and gives
-the right shapes, at least at first sight. `python -m tests.test_checks router` prints the table wrong answer x message.
+WRONG maps the name of an exercise to pairs (function, name of the mistake that the check must name). Each runs and
+gives the right shapes, at least at first sight. `python -m tests.test_checks router` prints the table wrong answer x
+message.
 """
 import math
 
@@ -16,7 +17,7 @@ def spread(weights_NK, normalize):
     return weights_NK / weights_NK.sum(-1, keepdim=True) if normalize else weights_NK
 
 
-# --- topk_router(logits_NE, k, normalize) ------------------------------------------------------------------------------
+# --- topk_router(logits_NE, k, normalize) -----------------------------------------------------------------------------
 def softmax_over_tokens(logits_NE, k, normalize):
     w, x = logits_NE.float().softmax(0).topk(k)
     return spread(w, normalize), x
@@ -175,7 +176,7 @@ def masks_its_input(logits_NE, k, normalize):
     return spread(p.gather(1, x), normalize), x
 
 
-# --- noisy_topk(logits_NE, k, noise_std, training, generator) ----------------------------------------------------------
+# --- noisy_topk(logits_NE, k, noise_std, training, generator) ---------------------------------------------------------
 def noisy(add):
     """The right answer around `add(logits, std, generator)`, which makes the noisy logits."""
     def fn(logits_NE, k, noise_std, training, generator):
@@ -235,7 +236,7 @@ def noise_written_into_the_logits(logits_NE, k, noise_std, training, generator):
     return w.softmax(-1), x
 
 
-# --- switch_keep(experts_NK, row_N, n_experts, capacity) ---------------------------------------------------------------
+# --- switch_keep(experts_NK, row_N, n_experts, capacity) --------------------------------------------------------------
 def keep(experts_NK, row_N, capacity, place=lambda row, expert, j: (row, expert), backwards=False, by_choice=False):
     """Walks and counts, as the right answer does, with one thing changed."""
     n, k = experts_NK.shape
@@ -330,7 +331,7 @@ def marks_the_dropped(experts_NK, row_N, n_experts, capacity):
     return kept
 
 
-# --- sigmoid_bias_router(logits_NE, bias_E, k) -------------------------------------------------------------------------
+# --- sigmoid_bias_router(logits_NE, bias_E, k) ------------------------------------------------------------------------
 def biased(scores, ranks, weigh=lambda w, s: w / w.sum(-1, keepdim=True)):
     """The right answer with its parts exchanged: scores and ranks of (logits, bias), weigh of (chosen, all) scores."""
     def fn(logits_NE, bias_E, k):
@@ -384,7 +385,7 @@ def detached_divisor(logits_NE, bias_E, k):
     return biased(sig, sig_bias, lambda w, s: w / w.sum(-1, keepdim=True).detach())(logits_NE, bias_E, k)
 
 
-# --- expert_choice(logits_NE, capacity) --------------------------------------------------------------------------------
+# --- expert_choice(logits_NE, capacity) -------------------------------------------------------------------------------
 def taken(scores, capacity):
     x = scores.topk(min(capacity, len(scores)), dim=0).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(0, x, True)
@@ -497,7 +498,7 @@ def choice_fills_its_input(logits_NE, capacity):
     return p * kept, kept
 
 
-# --- the other cards ---------------------------------------------------------------------------------------------------
+# --- the other cards --------------------------------------------------------------------------------------------------
 def guess(**other):
     right = {"shift": "same", "shift_sigmoid": "smaller", "double": "larger", "more_choices_normalized": "smaller",
              "more_choices": "same", "one_choice_normalized": "same"}
@@ -539,7 +540,8 @@ WRONG = {
     "topk_router": [
         (softmax_over_tokens, "softmax over the tokens"), (softmax_after_topk, "always renormalized"),
         (always_normalized, "always renormalized"), (never_normalized, "never renormalized"),
-        (normalized_when_not_asked, "normalize upside down"), (normalized_by_the_grand_total, "normalized over all tokens"),
+        (normalized_when_not_asked, "normalize upside down"),
+        (normalized_by_the_grand_total, "normalized over all tokens"),
         (logits_as_weights, "raw logits as weights"), (log_softmax_as_weights, "log-probabilities as weights"),
         (sigmoid_instead, "sigmoid for softmax"), (softmax_of_the_softmax, "softmax twice"),
         (divided_by_root_e, "scaled like attention"), (others_set_to_zero, "zero for the others"),
@@ -548,7 +550,8 @@ WRONG = {
         (always_two, "k is not the argument"), (global_k, "k is not the argument"),
         (global_logits, "a global in place of the argument"), (best_one_k_times, "the same expert twice"),
         (all_weights, "all E weights returned"), (above_the_kth, "a threshold instead of a choice"),
-        (exp_by_hand, "overflow"), (in_bfloat16, "weights left in bfloat16"), (converted_too_late, "probabilities in bfloat16"),
+        (exp_by_hand, "overflow"), (in_bfloat16, "weights left in bfloat16"),
+        (converted_too_late, "probabilities in bfloat16"),
         (detached, "weights cut from the graph"), (detached_sum, "part of the formula is detached"),
         (masks_its_input, "changes its input"),
     ],
@@ -558,7 +561,8 @@ WRONG = {
         (noisy(lambda h, s, g: h + s * torch.randn(len(h), 1, generator=g)), "one number per token"),
         (noisy(lambda h, s, g: h + s * torch.randn(h.shape[1], generator=g)), "one number per expert"),
         (noise_only_chooses, "clean logits weigh"), (noise_only_weighs, "clean logits choose"),
-        (noise_after_softmax, "noise after the softmax"), (noisy(lambda h, s, g: h * (1 + s * dice(h, g))), "noise as a factor"),
+        (noise_after_softmax, "noise after the softmax"),
+        (noisy(lambda h, s, g: h * (1 + s * dice(h, g))), "noise as a factor"),
         (noisy(lambda h, s, g: h + s ** 0.5 * dice(h, g)), "noise_std as a variance"),
         (noisy(lambda h, s, g: h + s * s * dice(h, g)), "noise_std squared"),
         (noisy(lambda h, s, g: h + STD * dice(h, g)), "noise_std not used"),
@@ -576,7 +580,8 @@ WRONG = {
         (places_of_the_sequence, "places shared by all experts"), (whole_token_out, "the whole token dropped"),
         (whole_token_in, "the whole token kept"), (crowded_out, "a crowded expert loses everyone"),
         (dropped, "dropped instead of kept"), (everyone, "nothing dropped"), (numbers, "not booleans"),
-        (equal_lengths, "sequences of equal length"), (by_lot, "dropped by chance"), (marks_the_dropped, "changes its input"),
+        (equal_lengths, "sequences of equal length"), (by_lot, "dropped by chance"),
+        (marks_the_dropped, "changes its input"),
     ],
     "sigmoid_bias_router": [
         (biased(sig_bias, sig_bias), "bias in the weights too"), (biased(sig_bias, sig), "bias only in the weights"),
@@ -597,8 +602,10 @@ WRONG = {
     "expert_choice": [
         (columns_softmax, "softmax over the tokens"), (token_choice, "tokens choose"),
         (like_switch, "tokens choose, experts refuse"), (grand_topk, "one choice over the whole table"),
-        (chosen_by_logits, "chosen by raw logits"), (choice_ascending, "the least willing"), (front_rows, "the first tokens"),
-        (not_masked, "not masked"), (shared_by_token, "renormalized per token"), (shared_by_expert, "renormalized per expert"),
+        (chosen_by_logits, "chosen by raw logits"), (choice_ascending, "the least willing"),
+        (front_rows, "the first tokens"),
+        (not_masked, "not masked"), (shared_by_token, "renormalized per token"),
+        (shared_by_expert, "renormalized per expert"),
         (weights_one, "weights of one"), (choice_logits_as_weights, "raw logits as weights"),
         (choice_by_sigmoid, "sigmoid for softmax"), (lists_of_tokens, "a list of tokens per expert"),
         (turned, "experts down, tokens across"), (too_many_places, "more places than tokens"),

@@ -93,23 +93,29 @@ def _bias_mistakes():
     inside = lambda rows, bias: _scores(_biased(rows, bias))
     soft = lambda rows, bias: [softmax(r) for r in rows]
     return [
-        (Mistake("bias in the weights too", "the weights were taken from score + bias: the bias only chooses. Gather the "
-                 "weights from the scores without it."), made(biased, biased, norm)),
-        (Mistake("bias only in the weights", "the bias moved the weights and not the choice: it is the other way round."),
+        (Mistake("bias in the weights too", "the weights were taken from score + bias: the bias only chooses. Gather "
+                 "the weights from the scores without it."), made(biased, biased, norm)),
+        (Mistake("bias only in the weights",
+                 "the bias moved the weights and not the choice: it is the other way round."),
          made(biased, plain, norm)),
-        (Mistake("bias not used", "the choice is by the scores alone: add the bias before the top-k."), made(plain, plain, norm)),
-        (Mistake("bias taken away", "the bias was subtracted: a positive bias makes an expert more likely to be chosen."),
+        (Mistake("bias not used", "the choice is by the scores alone: add the bias before the top-k."),
+         made(plain, plain, norm)),
+        (Mistake("bias taken away",
+                 "the bias was subtracted: a positive bias makes an expert more likely to be chosen."),
          made(plain, lambda rows, bias: _biased(_scores(rows), [-b for b in bias]), norm)),
         (Mistake("bias on the logits", "the choice is by logit + bias, before the sigmoid or without one: the bias is "
                  "measured in scores, add it after the sigmoid."), made(plain, inside, norm)),
         (Mistake("bias on the logits, in the weights too", "the bias was added to the logits, and so moves choice and "
                  "weights: add it after the sigmoid, and for the choice only."), made(inside, inside, norm)),
-        (Mistake("softmax for sigmoid", "the scores are a softmax: here every expert is scored on its own, by a sigmoid."),
+        (Mistake("softmax for sigmoid",
+                 "the scores are a softmax: here every expert is scored on its own, by a sigmoid."),
          made(soft, lambda rows, bias: _biased(soft(rows, bias), bias), norm)),
-        (Mistake("not renormalized", "the weights of a token do not sum to one: divide the chosen scores by their sum."),
+        (Mistake("not renormalized",
+                 "the weights of a token do not sum to one: divide the chosen scores by their sum."),
          made(plain, biased, lambda w, s: w)),
         (Mistake("divided by the sum of all scores", "the chosen scores were divided by the sum over all experts: only "
-                 "the chosen ones count, so that the weights sum to one."), made(plain, biased, lambda w, s: [x / sum(s) for x in w])),
+                 "the chosen ones count, so that the weights sum to one."),
+         made(plain, biased, lambda w, s: [x / sum(s) for x in w])),
         (Mistake("softmax of the chosen scores", "the chosen scores went through a softmax: they are scores already, "
                  "divide them by their sum."), made(plain, biased, lambda w, s: softmax(w))),
         (Mistake("the lowest scores", "the k lowest of score + bias were chosen: take the highest."),
@@ -125,7 +131,8 @@ def _bias_diagnose(fn: Learner, rng: random.Random) -> Mistake | None:
 
     def is_it(mistake):
         made = [[dict(zip(es, ws)) for ws, es in zip(*mistake(rows, bias, k))] for k in (3, 2)]
-        return all(s.keys() == m.keys() and all(same(s[e], m[e]) for e in m) for a, b in zip(seen, made) for s, m in zip(a, b))
+        pairs = [pair for a, b in zip(seen, made) for pair in zip(a, b)]
+        return all(s.keys() == m.keys() and all(same(s[e], m[e]) for e in m) for s, m in pairs)
 
     return first_match((m, lambda f=f: is_it(f)) for m, f in _bias_mistakes())
 

@@ -54,7 +54,8 @@ def fill(experts: Choices, rows: list[int], capacity: int, order=None, place=Non
 
 def _kept(fn: Learner, experts: Choices, rows: list[int], n_experts: int, capacity: int) -> list[list[bool]]:
     kept = fn(torch.tensor(experts), torch.tensor(rows), n_experts, capacity)
-    not_bool = Mistake("not booleans", "kept answers yes or no: a tensor of dtype torch.bool, for example from a comparison.")
+    not_bool = Mistake("not booleans",
+                       "kept answers yes or no: a tensor of dtype torch.bool, for example from a comparison.")
     return expect_tensor(kept, "kept", (len(experts), len(experts[0])), torch.bool,
                          not_bool if getattr(kept, "dtype", torch.bool) != torch.bool else None).tolist()
 
@@ -126,38 +127,40 @@ def _mistakes():
         return kept
 
     return [
-        (Mistake("one capacity for the whole batch", "the places are counted over all sequences together: each sequence "
-                 "has its own, else what one text loses depends on its neighbors in the batch."),
+        (Mistake("one capacity for the whole batch", "the places are counted over all sequences together: each "
+                 "sequence has its own, else what one text loses depends on its neighbors in the batch."),
          lambda x, r, c: fill(x, r, c, place=lambda i, j: x[i][j])),
         (Mistake("last come, first served", "the last tokens keep their places and the first ones lose theirs: places "
                  "fill from the first position on, since a causal model cannot know who comes later."),
          tokens_then(lambda x, r, c, ns, ks: fill(x, r, c, [(i, j) for i in reversed(ns) for j in reversed(ks)]))),
-        (Mistake("all first choices before the second", "first choices of later tokens took places before second choices "
-                 "of earlier ones: by position first, then by choice, or the present depends on the future."),
+        (Mistake("all first choices before the second", "first choices of later tokens took places before second "
+                 "choices of earlier ones: by position first, then by choice, or the present depends on the future."),
          tokens_then(lambda x, r, c, ns, ks: fill(x, r, c, [(i, j) for j in ks for i in ns]))),
         (Mistake("only first choices counted", "the second choices are all kept: they take places too."),
          lambda x, r, c: fill(x, r, c, choices=(0,))),
-        (Mistake("each choice has places of its own", "first and second choices are counted apart: an expert has one set "
-                 "of places for both."), lambda x, r, c: fill(x, r, c, place=lambda i, j: (r[i], x[i][j], j))),
-        (Mistake("one place too many", "an expert keeps capacity + 1 tokens: the first place has the number 0, so the test "
-                 "is place < capacity."), lambda x, r, c: fill(x, r, c + 1)),
-        (Mistake("one place too few", "an expert keeps capacity - 1 tokens: look at where the count starts, at 0 or at 1."),
+        (Mistake("each choice has places of its own", "first and second choices are counted apart: an expert has one "
+                 "set of places for both."), lambda x, r, c: fill(x, r, c, place=lambda i, j: (r[i], x[i][j], j))),
+        (Mistake("one place too many", "an expert keeps capacity + 1 tokens: the first place has the number 0, so the "
+                 "test is place < capacity."), lambda x, r, c: fill(x, r, c + 1)),
+        (Mistake("one place too few",
+                 "an expert keeps capacity - 1 tokens: look at where the count starts, at 0 or at 1."),
          lambda x, r, c: fill(x, r, c - 1)),
         (Mistake("places shared by all experts", "the places are counted per sequence, not per sequence and expert."),
          lambda x, r, c: fill(x, r, c, place=lambda i, j: r[i])),
-        (Mistake("the whole token dropped", "a token loses all its choices when one expert is full: only that one choice "
-                 "is dropped."), whole_token(all)),
-        (Mistake("the whole token kept", "a token keeps all its choices when one of them finds a place: each choice needs "
-                 "its own."), whole_token(any)),
+        (Mistake("the whole token dropped", "a token loses all its choices when one expert is full: only that one "
+                 "choice is dropped."), whole_token(all)),
+        (Mistake("the whole token kept", "a token keeps all its choices when one of them finds a place: each choice "
+                 "needs its own."), whole_token(any)),
         (Mistake("a crowded expert loses everyone", "an expert that is asked by too many keeps none at all: the first "
                  "capacity ones stay."), crowded),
         (Mistake("dropped instead of kept", "the answer is upside down: True means that the choice is kept."),
          lambda x, r, c: [[not b for b in ks] for ks in fill(x, r, c)]),
-        (Mistake("nothing dropped", "every choice is kept: the capacity is not used."), lambda x, r, c: [[True] * len(es) for es in x]),
-        (Mistake("sequences of equal length", "the batch was cut into equal pieces: sequences differ in length, row_N says "
-                 "which one a token is of."), lambda x, r, c: fill(x, equal_pieces(r), c)),
-        (Mistake("only runs of one expert", "the count starts again whenever another expert comes in between: count all "
-                 "earlier choices of the same expert in the sequence."), ever_since),
+        (Mistake("nothing dropped", "every choice is kept: the capacity is not used."),
+         lambda x, r, c: [[True] * len(es) for es in x]),
+        (Mistake("sequences of equal length", "the batch was cut into equal pieces: sequences differ in length, row_N "
+                 "says which one a token is of."), lambda x, r, c: fill(x, equal_pieces(r), c)),
+        (Mistake("only runs of one expert", "the count starts again whenever another expert comes in between: count "
+                 "all earlier choices of the same expert in the sequence."), ever_since),
     ]
 
 
@@ -173,7 +176,7 @@ def check_switch_keep(fn, seed: int = 0) -> Report:
     """Checks `switch_keep(experts_NK, row_N, n_experts, capacity) -> kept_NK`, a boolean per token and choice.
 
     Every expert has `capacity` places in each sequence (`row_N` says which sequence a token is of; the tokens of one
-    sequence stand together, in order). Places fill by position, and at one position by choice; who finds none is dropped.
+    sequence stand together, in order). Places fill by position, and at one position by choice; the rest is dropped.
     """
     return run_check("switch_keep", fn, [
         Property("a boolean for every token and choice", 1, _shape),

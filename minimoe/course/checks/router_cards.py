@@ -23,7 +23,7 @@ from minimoe.course.checks.router_topk import CUT, HALF_CUT
 ANSWERS = ("smaller", "same", "larger")
 
 
-# --- predict_router() -> {question: "smaller" | "same" | "larger"} -----------------------------------------------------
+# --- predict_router() -> {question: "smaller" | "same" | "larger"} ----------------------------------------------------
 def _first(row, k=2, normalize=True, score=softmax):
     """The largest of the k weights."""
     p = score(row)
@@ -50,7 +50,7 @@ QUESTIONS = {       # question: (the largest weight before, and after, as functi
     "more_choices": (lambda r: _first(r, normalize=False), lambda r: _first(r, k=3, normalize=False),
                      "the softmax runs over all experts, whoever is chosen afterwards."),
     "one_choice_normalized": (lambda r: _first(r, k=1), lambda r: _first(_raised(r), k=1),
-                              "one weight divided by itself is 1, whatever the logit: the router cannot learn from it."),
+                              "one weight divided by itself is 1, whatever the logit: the router cannot learn."),
 }
 
 
@@ -82,7 +82,7 @@ def check_predict_router(fn, seed: int = 0) -> Report:
     return run_check("predict_router", fn, [Property(name, 1, _question(name)) for name in QUESTIONS], seed)
 
 
-# --- top1_layer(x_ND, router_ED, experts_EDD) -> y_ND ------------------------------------------------------------------
+# --- top1_layer(x_ND, router_ED, experts_EDD) -> y_ND -----------------------------------------------------------------
 SIZES = (11, 3, 5)      # tokens, width, experts
 
 
@@ -142,8 +142,8 @@ def _layer_gradient(of_router: bool):
             expected = gradient(lambda m: loss(m, experts), router)
             if not got.any():
                 raise Wrong(f"{name} other than 0", "0 everywhere", Mistake(
-                    "no gradient for the router", "the weight does not depend on the router: a softmax over the one chosen "
-                    "logit is always 1. Softmax over all experts, then choose."))
+                    "no gradient for the router", "the weight does not depend on the router: a softmax over the one "
+                    "chosen logit is always 1. Softmax over all experts, then choose."))
         else:
             expected = [gradient(lambda m, e=e: loss(router, [*experts[:e], m, *experts[e + 1:]]), experts[e])
                         for e in range(len(experts))]
@@ -155,22 +155,23 @@ def _layer_diagnose(fn: Learner, rng: random.Random) -> Mistake | None:
     xs, router, experts = _inputs(rng)
     y = _run(fn, xs, router, experts)
     return first_match((m, lambda w=w: same(y, _mix(xs, router, experts, w), 1e-3)) for m, w in [
-        (Mistake("weight 1", "the chosen expert's output comes through with weight 1: a softmax over the one chosen logit, "
-                 "or no weight at all, leaves the router without a gradient."), _only_best(lambda logits, e: 1.0)),
+        (Mistake("weight 1", "the chosen expert's output comes through with weight 1: a softmax over the one chosen "
+                 "logit, or no weight at all, leaves the router without a gradient."),
+         _only_best(lambda logits, e: 1.0)),
         (Mistake("raw logit as weight", "the weight is the logit itself: the gradient flows, but the weight is no "
                  "probability, and may be negative."), _only_best(lambda logits, e: logits[e])),
-        (Mistake("sigmoid for softmax", "the weight is a sigmoid of the chosen logit: the experts should compete, so it is "
-                 "a softmax over all of them."), _only_best(lambda logits, e: sigmoid(logits[e]))),
-        (Mistake("all experts mixed", "every token gets a mixture of all experts: that learns, and costs E times the work. "
-                 "Use the chosen expert only."), softmax),
+        (Mistake("sigmoid for softmax", "the weight is a sigmoid of the chosen logit: the experts should compete, so "
+                 "it is a softmax over all of them."), _only_best(lambda logits, e: sigmoid(logits[e]))),
+        (Mistake("all experts mixed", "every token gets a mixture of all experts: that learns, and costs E times the "
+                 "work. Use the chosen expert only."), softmax),
     ])
 
 
 def check_top1_layer(fn, seed: int = 0) -> Report:
     """Checks the repaired `top1_layer(x_ND, router_ED, experts_EDD) -> y_ND`.
 
-    A token goes to the expert with the highest logit; what this expert makes of it counts with its probability among all
-    experts (Switch: Fedus et al. 2022, eq. 2), so that the router gets a gradient.
+    A token goes to the expert with the highest logit; what this expert makes of it counts with its probability among
+    all experts (Switch: Fedus et al. 2022, eq. 2), so that the router gets a gradient.
     """
     return run_check("top1_layer", fn, [
         Property("y = probability of the best expert x its output", 2, _layer_value),

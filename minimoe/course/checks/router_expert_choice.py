@@ -40,12 +40,15 @@ def _call(fn, rows, capacity, dtype=torch.float32):
     n, e = len(rows), len(rows[0])
     logits = rows if isinstance(rows, Tensor) else torch.tensor(rows, dtype=dtype)
     weights, kept = expect_pair(fn(logits, capacity), f"two tensors (weights, kept), each of shape {(n, e)}")
-    transposed = Mistake("experts down, tokens across", "the result has a row per expert: turn it back to a row per token.")
+    transposed = Mistake("experts down, tokens across",
+                         "the result has a row per expert: turn it back to a row per token.")
+    listed = Mistake("a list of tokens per expert", "the result lists which tokens each expert took: spread it into a "
+                     "table of N x E (scatter).")
     for name, value, kind in (("weights", weights, torch.float32), ("kept", kept, torch.bool)):
-        turned = transposed if n != e and tuple(getattr(value, "shape", ())) == (e, n) else None
-        listed = Mistake("a list of tokens per expert", "the result lists which tokens each expert took: spread it into a "
-                         "table of N x E (scatter).") if tuple(getattr(value, "shape", ())) in ((e, capacity), (capacity, e)) else None
-        expect_tensor(value, name, (n, e), kind, turned or listed)
+        shape = tuple(getattr(value, "shape", ()))
+        turned = transposed if n != e and shape == (e, n) else None
+        is_list = listed if shape in ((e, capacity), (capacity, e)) else None
+        expect_tensor(value, name, (n, e), kind, turned or is_list)
     return weights, kept
 
 
@@ -139,22 +142,24 @@ def _mistakes():
         return transpose([shares(col) for col in transpose(_masked(ws, kept))])
 
     return [
-        (Mistake("softmax over the tokens", "the softmax runs over the tokens (dim=0): a token's probabilities over the "
-                 "experts sum to one, then each expert looks down its column."), made(columns, columns)),
-        (Mistake("tokens choose", "each token took its best experts: here each expert takes its best tokens, so the top-k "
-                 "runs over the tokens (dim=0)."), by_token),
-        (Mistake("tokens choose, experts refuse", "each token asks for its best expert only, and full ones refuse, as in "
-                 "Switch: here every expert fills all its places."), switch),
-        (Mistake("one choice over the whole table", "the largest entries of the whole table were taken: each expert takes "
-                 "exactly capacity tokens."), first_of_all),
-        (Mistake("chosen by raw logits", "the tokens were ranked by their logits: rank by probability, since a token whose "
-                 "logits are all high does not want this expert more."), made(probs, lambda rows: rows)),
+        (Mistake("softmax over the tokens", "the softmax runs over the tokens (dim=0): a token's probabilities over "
+                 "the experts sum to one, then each expert looks down its column."), made(columns, columns)),
+        (Mistake("tokens choose", "each token took its best experts: here each expert takes its best tokens, so the "
+                 "top-k runs over the tokens (dim=0)."), by_token),
+        (Mistake("tokens choose, experts refuse", "each token asks for its best expert only, and full ones refuse, as "
+                 "in Switch: here every expert fills all its places."), switch),
+        (Mistake("one choice over the whole table", "the largest entries of the whole table were taken: each expert "
+                 "takes exactly capacity tokens."), first_of_all),
+        (Mistake("chosen by raw logits", "the tokens were ranked by their logits: rank by probability, since a token "
+                 "whose logits are all high does not want this expert more."), made(probs, lambda rows: rows)),
         (Mistake("the least willing", "each expert took the tokens with the lowest probability."),
          made(probs, lambda rows: [[-p for p in r] for r in probs(rows)])),
         (Mistake("the first tokens", "each expert took the first tokens of the sequence, whatever their probability."),
          made(probs, lambda rows: [[float(-i)] * len(r) for i, r in enumerate(rows)])),
-        (Mistake("not masked", "a token that an expert did not take has weight 0 there."), made(probs, probs, lambda ws, ks: ws)),
-        (Mistake("renormalized per token", "the weights of a token were divided by their sum: they stay the probabilities."),
+        (Mistake("not masked", "a token that an expert did not take has weight 0 there."),
+         made(probs, probs, lambda ws, ks: ws)),
+        (Mistake("renormalized per token",
+                 "the weights of a token were divided by their sum: they stay the probabilities."),
          made(probs, probs, own_shares)),
         (Mistake("renormalized per expert", "the weights of an expert were divided by their sum: they stay the "
                  "probabilities."), made(probs, probs, expert_shares)),
@@ -180,8 +185,9 @@ def _diagnose(fn: Learner, rng: random.Random) -> Mistake | None:
 def check_expert_choice(fn, seed: int = 0) -> Report:
     """Checks `expert_choice(logits_NE, capacity) -> (weights_NE, kept_NE)` for the N tokens of one sequence.
 
-    Softmax over the experts; each expert takes the `capacity` tokens with the highest probability for it, all of them if
-    there are no more (Zhou et al. 2022, section 3.2). The weights are the probabilities, 0 where `kept` is False.
+    Softmax over the experts; each expert takes the `capacity` tokens with the highest probability for it, or all of
+    them if there are no more (Zhou et al. 2022, section 3.2). The weights are the probabilities, and 0 where
+    `kept` is False.
     """
     return run_check("expert_choice", fn, [
         Property("two tensors of shape (N, E), float32 and bool", 1, _shapes),

@@ -1,8 +1,8 @@
 """Chapter 4: the check of `noisy_topk`.
 
-The noise is the learner's own, so it cannot be compared with numbers made here. But with k = E all weights are shown, and
-the logarithm of a softmax weight is the noisy logit up to one number per token: so the noise can be read off the result,
-whatever draws it, and then be examined.
+The noise is the learner's own, so it cannot be compared with numbers made here. But with k = E all weights are shown,
+and the logarithm of a softmax weight is the noisy logit up to one number per token: so the noise can be read off the
+result, whatever draws it, and then be examined.
 """
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ IN_EVALUATION = Mistake("noise in evaluation", "with training=False the result s
 UPSIDE_DOWN = Mistake("training upside down", "the noise comes with training=False and stays away with training=True.")
 NO_NOISE = Mistake("no noise at all", "with training=True the result is that of the plain logits: add noise_std times "
                    "standard normal numbers to the logits.")
-PER_TOKEN = Mistake("one number per token", "random numbers were drawn, but nothing moves: the same number was added to "
-                    "all experts of a token, and a softmax does not see that. Draw N x E numbers.")
+PER_TOKEN = Mistake("one number per token", "random numbers were drawn, but nothing moves: the same number was added "
+                    "to all experts of a token, and a softmax does not see that. Draw N x E numbers.")
 PER_EXPERT = Mistake("one number per expert", "all tokens get the same noise: draw N x E numbers, not E.")
-ONLY_CHOOSES = Mistake("clean logits weigh", "the noise moves the choice, but the weights come from the logits without it: "
-                       "here both come from the noisy logits.")
-ONLY_WEIGHS = Mistake("clean logits choose", "the noise moves the weights, but the choice is made by the logits without "
-                      "it: add it before the top-k.")
-AFTER = Mistake("noise after the softmax", "the noise was added to the probabilities, which can turn negative: add it to "
-                "the logits, before the softmax.")
-TIMES = Mistake("noise as a factor", "where the logits are 0 there is no noise: it was multiplied with the logits instead "
-                "of being added to them.")
+ONLY_CHOOSES = Mistake("clean logits weigh", "the noise moves the choice, but the weights come from the logits "
+                       "without it: here both come from the noisy logits.")
+ONLY_WEIGHS = Mistake("clean logits choose", "the noise moves the weights, but the choice is made by the logits "
+                      "without it: add it before the top-k.")
+AFTER = Mistake("noise after the softmax", "the noise was added to the probabilities, which can turn negative: add it "
+                "to the logits, before the softmax.")
+TIMES = Mistake("noise as a factor", "where the logits are 0 there is no noise: it was multiplied with the logits "
+                "instead of being added to them.")
 VARIANCE = Mistake("noise_std as a variance", "the noise has the square root of the standard deviation that was asked: "
                    "multiply by noise_std, not by its root.")
 SQUARED = Mistake("noise_std squared", "the noise has the square of the standard deviation that was asked: multiply by "
                   "noise_std once.")
 UNIFORM = Mistake("uniform noise", "the noise is uniform (torch.rand), not normal: torch.randn.")
-OWN_STD = Mistake("noise_std not used", "the size of the noise is the same whatever noise_std says: a fixed number or a "
-                  "variable of the notebook stands in its place.")
-OTHER_DICE = Mistake("the generator is not used", "the numbers come from torch's global generator: pass generator=generator, "
-                     "and no call of another function can change what you draw.")
-RESEEDED = Mistake("seeded at each call", "two calls in a row draw the same noise: do not seed inside the function, the "
-                   "caller's generator goes on by itself.")
-ALL_E = Mistake("weights over all experts", "the weights of a token do not sum to one: the softmax is over the k chosen "
-                "noisy logits (Shazeer et al. 2017, eq. 3-5).")
+OWN_STD = Mistake("noise_std not used", "the size of the noise is the same whatever noise_std says: a fixed number or "
+                  "a variable of the notebook stands in its place.")
+OTHER_DICE = Mistake("the generator is not used", "the numbers come from torch's global generator: pass "
+                     "generator=generator, and no call of another function can change what you draw.")
+RESEEDED = Mistake("seeded at each call", "two calls in a row draw the same noise: do not seed inside the function, "
+                   "the caller's generator goes on by itself.")
+ALL_E = Mistake("weights over all experts", "the weights of a token do not sum to one: the softmax is over the k "
+                "chosen noisy logits (Shazeer et al. 2017, eq. 3-5).")
 
 
 def _dice(seed: int) -> torch.Generator:
@@ -97,10 +97,11 @@ def _evaluation(fn, rng):
         seen = [_noisy(fn, rows, k, 2.0, False, _dice(s)) for s in (1, 2)]
         if k > 1 and not same(seen[0][0], seen[1][0]):
             learns = [_noisy(fn, rows, k, 2.0, True, _dice(s))[0] for s in (1, 2)]
-            raise Wrong("the same weights whatever the generator, with training=False", "weights that change with its seed",
+            raise Wrong("with training=False the same weights for any generator", "weights that change with its seed",
                         UPSIDE_DOWN if same(*learns) else IN_EVALUATION)
         summed = [[sum(ws)] for ws in seen[0][0].tolist()]
-        compare(seen[0][0], _clean(rows, k), f"with k = {k}: weights", mistake=None if same(summed, [[1.0]] * N) else ALL_E)
+        compare(seen[0][0], _clean(rows, k), f"with k = {k}: weights",
+                mistake=None if same(summed, [[1.0]] * N) else ALL_E)
         check_choice(seen[0][1], [softmax(r) for r in rows], k, ordered=True)
 
 
@@ -156,7 +157,8 @@ def _whose_dice(fn, rng):
         raise Wrong("torch's global generator left alone", "a draw from it", OTHER_DICE)
     if same(first, _noisy(fn, rows, E, 1.0, True, dice)[0]):
         raise Wrong("other noise in the second call", "the same noise", RESEEDED)
-    compare(_noisy(fn, rows, E, 1.0, True, _dice(seed))[0], first, "the generator set back, weights", mistake=OTHER_DICE)
+    compare(_noisy(fn, rows, E, 1.0, True, _dice(seed))[0], first, "the generator set back, weights",
+            mistake=OTHER_DICE)
 
 
 def _consistent(fn, rng):
@@ -167,7 +169,8 @@ def _consistent(fn, rng):
         clean = all(sorted(es) == sorted(top(r, k)) for r, es in zip(rows, experts.tolist()))
         for i, (es, r) in enumerate(zip(experts.tolist(), noisy)):
             if not same([r[e] for e in es], [r[e] for e in top(r, k)], 1e-3):
-                raise Wrong(f"with k = {k}: experts[{i}] = {top(r, k)}, by the noisy logits", f"{es}", ONLY_WEIGHS if clean else None)
+                raise Wrong(f"with k = {k}: experts[{i}] = {top(r, k)}, by the noisy logits", f"{es}",
+                            ONLY_WEIGHS if clean else None)
         compare(weights, [softmax([r[e] for e in top(r, k)]) for r in noisy], f"with k = {k}: weights", 1e-3)
 
 
@@ -190,8 +193,8 @@ def check_noisy_topk(fn, seed: int = 0) -> Report:
     the k largest noisy logits are chosen, the largest first, and the softmax over those k gives the weights (Shazeer et
     al. 2017, section 2.1, with a fixed noise). In evaluation the same without noise.
     """
-    from_noisy = Mistake("choice and weights disagree", "the k chosen are the largest noisy logits, and the weights are the "
-                         "softmax over exactly these: draw once, use the sum for both.")
+    from_noisy = Mistake("choice and weights disagree", "the k chosen are the largest noisy logits, and the weights "
+                         "are the softmax over exactly these: draw once, use the sum for both.")
     return run_check("noisy_topk", fn, [
         Property("two tensors of shape (N, k), float32 and int64", 1, _shapes),
         Property("evaluation: no noise", 2, _evaluation),

@@ -43,8 +43,8 @@ OVERFLOW = Mistake("overflow", "exp of a large logit is infinite in float32, and
                    "each row's largest logit away first, as torch.softmax does.")
 CUT = Mistake("weights cut from the graph", "the weights carry no gradient: .detach(), .data, .item(), .tolist(), "
               "torch.no_grad() or a new torch.tensor(...) cuts them off, and the router would never learn.")
-OVERWRITTEN = Mistake("written over in place", "a tensor that the backward pass needs was written over: use the form of "
-                      "the operation without the underscore.")
+OVERWRITTEN = Mistake("written over in place", "a tensor that the backward pass needs was written over: use the form "
+                      "of the operation without the underscore.")
 HALF_CUT = Mistake("part of the formula is detached", "the values are right but their gradient is not: a part of the "
                    "formula, often the sum that divides, is detached.")
 SORTED = Mistake("right experts, wrong order", "the right experts, but not by falling weight: the most probable expert "
@@ -103,7 +103,7 @@ def check_gradient(fn: Learner, rows: Matrix, args: tuple, k: int, weigh) -> Non
     compare(got, gradient(loss, [list(r) for r in rows]), f"with k = {k}: the gradient at logits", tol=1e-4)
 
 
-# --- topk_router(logits_NE, k, normalize) ------------------------------------------------------------------------------
+# --- topk_router(logits_NE, k, normalize) -----------------------------------------------------------------------------
 def _weigh(row: list[float], chosen: list[int], normalize: bool) -> list[float]:
     p = softmax(row)
     weights = [p[e] for e in chosen]
@@ -196,9 +196,11 @@ def _topk_mistakes():
     probs = each(softmax)
     return [
         (Mistake("softmax over the tokens", "the softmax runs over the tokens (dim=0): it is each token's row of E "
-                 "probabilities that sums to one, so dim=-1."), scored(lambda rows: transpose(list(map(softmax, transpose(rows)))))),
-        (Mistake("always renormalized", "the weights sum to one although normalize=False: they were divided by their sum, "
-                 "or, which gives the same numbers, the softmax was taken after the top-k. With k = 1 every weight is then 1."),
+                 "probabilities that sums to one, so dim=-1."),
+         scored(lambda rows: transpose(list(map(softmax, transpose(rows)))))),
+        (Mistake("always renormalized", "the weights sum to one although normalize=False: they were divided by their "
+                 "sum, or, which gives the same numbers, the softmax was taken after the top-k. With k = 1 every "
+                 "weight is then 1."),
          lambda rows, k, z: _topk(rows, k, True)),
         (Mistake("never renormalized", "with normalize=True the k weights of a token must be divided by their sum."),
          lambda rows, k, z: _topk(rows, k, False)),
@@ -206,24 +208,26 @@ def _topk_mistakes():
          lambda rows, k, z: _topk(rows, k, not z)),
         (Mistake("normalized over all tokens", "each token's weights are divided by that token's own sum (dim=-1, "
                  "keepdim=True), not by the sum over all tokens."), over_all_tokens),
-        (Mistake("raw logits as weights", "the weights are the logits themselves: some are negative, and they do not sum "
-                 "to one. Take the probabilities of the chosen experts."), scored(lambda rows: rows)),
+        (Mistake("raw logits as weights", "the weights are the logits themselves: some are negative, and they do not "
+                 "sum to one. Take the probabilities of the chosen experts."), scored(lambda rows: rows)),
         (Mistake("log-probabilities as weights", "the weights are logarithms of probabilities: log_softmax in place of "
                  "softmax."), scored(each(lambda r: [math.log(p) for p in softmax(r)]))),
-        (Mistake("sigmoid for softmax", "each score was squashed on its own by a sigmoid: here the experts compete, so it "
-                 "is a softmax over all of them."), scored(each(lambda r: list(map(sigmoid, r))))),
+        (Mistake("sigmoid for softmax", "each score was squashed on its own by a sigmoid: here the experts compete, "
+                 "so it is a softmax over all of them."), scored(each(lambda r: list(map(sigmoid, r))))),
         (Mistake("softmax twice", "the probabilities went through a second softmax, which makes them nearly equal."),
          scored(each(lambda r: softmax(softmax(r))))),
-        (Mistake("scaled like attention", "the logits were divided by the root of the number of experts: that belongs to "
-                 "attention, a router takes its logits as they are."), scored(each(lambda r: softmax([x / len(r) ** 0.5 for x in r])))),
-        (Mistake("zero for the others", "the logits of experts that were not chosen were set to 0, and exp(0) is 1: they "
-                 "still take a share. Softmax first, then choose."), kept_as_zero),
+        (Mistake("scaled like attention", "the logits were divided by the root of the number of experts: that belongs "
+                 "to attention, a router takes its logits as they are."),
+         scored(each(lambda r: softmax([x / len(r) ** 0.5 for x in r])))),
+        (Mistake("zero for the others", "the logits of experts that were not chosen were set to 0, and exp(0) is 1: "
+                 "they still take a share. Softmax first, then choose."), kept_as_zero),
         (Mistake("equal weights", "every weight is 1/k: the probabilities were used for choosing and then forgotten."),
          lambda rows, k, z: ([[1 / k] * k for _ in rows], _topk(rows, k, z)[1])),
         (Mistake("the least probable", "the k experts with the smallest probability were taken: sort descending, or "
                  "largest=True."), scored(probs, lambda p, k: top([-x for x in p], k))),
-        (Mistake("top-k of the absolute value", "the choice is by the size of the logit without its sign: a logit of -3 "
-                 "says no, as strongly as it can."), lambda rows, k, z: pick(probs(rows), [top(list(map(abs, r)), k) for r in rows], z)),
+        (Mistake("top-k of the absolute value", "the choice is by the size of the logit without its sign: a logit of "
+                 "-3 says no, as strongly as it can."),
+         lambda rows, k, z: pick(probs(rows), [top(list(map(abs, r)), k) for r in rows], z)),
         (SORTED, scored(probs, lambda p, k: top(p, k)[::-1])),
         (SORTED, scored(probs, lambda p, k: sorted(top(p, k)))),
     ]
@@ -246,9 +250,9 @@ def recognize(fn, rng, cases, truth, mistakes):
 def check_topk_router(fn, seed: int = 0) -> Report:
     """Checks `topk_router(logits_NE, k, normalize) -> (weights_NK, experts_NK)`.
 
-    Softmax over all experts, the k most probable ones, the most probable first; with `normalize` the k weights of a token
-    are divided by their sum (Mixtral), without they stay probabilities (OLMoE, Switch). Weights are float32 whatever the
-    dtype of the logits; of tied experts any will do.
+    Softmax over all experts, the k most probable ones, the most probable first; with `normalize` the k weights of a
+    token are divided by their sum (Mixtral), without they stay probabilities (OLMoE, Switch). Weights are float32
+    whatever the dtype of the logits; of tied experts any will do.
     """
     return run_check("topk_router", fn, [
         Property("two tensors of shape (N, k), float32 and int64", 1, _topk_shapes),
@@ -256,8 +260,8 @@ def check_topk_router(fn, seed: int = 0) -> Report:
         Property("normalize=False: the probabilities among all experts", 2, _topk_weights(False)),
         Property("normalize=True: the weights of a token sum to one", 2, _topk_weights(True)),
         Property("ties, negative logits, an expert that nobody wants", 1, _topk_edges, Mistake(
-            "a threshold instead of a choice", "comparing with the k-th largest value lets every tied expert in: choose "
-            "exactly k, by torch.topk or by sorting.")),
+            "a threshold instead of a choice", "comparing with the k-th largest value lets every tied expert in: "
+            "choose exactly k, by torch.topk or by sorting.")),
         Property("large logits do not overflow", 1, _topk_large, OVERFLOW),
         Property("bfloat16 logits: everything after them in float32", 1, _topk_bf16, NOT_FLOAT32),
         Property("the gradient of the weights reaches the logits", 2, _topk_gradient, HALF_CUT),
