@@ -45,10 +45,11 @@ class Settings:
 
     tokenizer: str = "bpe"          # or characters
     vocab: int = 512                # of the bpe tokenizer
-    documents: int = 6000           # of the corpus `worlds`; every tenth is held out
+    documents: int = 8000           # of the corpus `worlds`; every tenth is held out
     held_out: int = 160             # held-out documents that are measured on
-    steps: int = 500
-    batch: int = 16
+    steps: int = 1200
+    eval_every: int = 300
+    batch: int = 8
     seq_len: int = 128
     dim: int = 64
     layers: int = 4
@@ -93,14 +94,15 @@ def make_model(router: str, seed: int, s: Settings, vocab_size: int) -> MoETrans
 def train(router: str, seed: int, s: Settings, text: TextData, log_every: int = 50) -> tuple[Trainer, dict]:
     """Trains one model; the trainer, and what is recorded of the run."""
     model = make_model(router, seed, s, text.tokenizer.vocab_size)
-    cfg = TrainConfig(steps=s.steps, batch_size=s.batch, lr=s.lr, warmup=min(50, s.steps // 5), eval_every=0, seed=seed,
-                      log_every=log_every, device=s.device, dtype=s.dtype, threads=s.threads)
+    cfg = TrainConfig(steps=s.steps, batch_size=s.batch, lr=s.lr, warmup=min(50, s.steps // 5), seed=seed,
+                      eval_every=s.eval_every, log_every=log_every, device=s.device, dtype=s.dtype, threads=s.threads)
     trainer = Trainer(model, cfg, text, progress=False)
     trainer.fit()
     last = trainer.rows[-1]
     known, new = token_choices(trainer.model, text, s)
     return trainer, {
         "tokenizer": s.tokenizer, "router": router, "seed": seed, "val_ce": last["val_ce"], "val_bpb": last["val_bpb"],
+        "val_curve": [[row["step"], row["val_bpb"]] for row in trainer.rows if "val_bpb" in row],
         "curve": [[row["step"], round(row["ce"], 4)] for row in trainer.rows],
         "by_identity": [round(share_by_identity(a, b, text.tokenizer.vocab_size, s.experts), 4)
                         for a, b in zip(known, new)],
@@ -164,12 +166,12 @@ def run(tokenizers: list[str], seeds: int, settings: Settings, say=print, after=
     """All runs; `after(result)` is called when another one is done."""
     result = {"what": __doc__.split("\n")[0], "date": datetime.date.today().isoformat(), "machine": machine(),
               "settings": dataclasses.asdict(settings), "runs": []}
+    cut = {t: dataclasses.replace(settings, tokenizer=t) for t in tokenizers}
+    texts = {t: load_text(s) for t, s in cut.items()}
     for seed in range(seeds):
         for tokenizer in tokenizers:
-            s = dataclasses.replace(settings, tokenizer=tokenizer)
-            text = load_text(s)
             for router in ROUTERS:
-                record = train(router, seed, s, text)[1]
+                record = train(router, seed, cut[tokenizer], texts[tokenizer])[1]
                 result["runs"].append(record)
                 say(f"{tokenizer:<10} {router:<8} seed {seed}: {record['val_bpb']:.4f} bits per byte, "
                     f"by identity {record['by_identity']}, {record['seconds']} s")
@@ -197,7 +199,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     settings, seeds = Settings(steps=args.steps), args.seeds
     if args.quick:
-        settings, seeds = Settings(steps=20, documents=400, held_out=20, layers=2, batch=8, seq_len=64), 2
+        settings, seeds = Settings(steps=20, eval_every=10, documents=400, held_out=20, layers=2, seq_len=64), 2
     out = args.out or (None if args.quick else RESULT)
 
     def write(result: dict) -> None:

@@ -22,7 +22,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +30,14 @@ import numpy as np
 import torch
 
 from minimoe import ModelConfig, MoETransformer, TrainConfig, Trainer
-from minimoe.data.corpora import Corpus, Document, load_corpus
+from minimoe.data.corpora import Document, load_corpus
 from minimoe.data.loader import TextData, join
 from minimoe.data.mixture import Mixture, Stream
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.explore import specialisation, specialisation_difference, token_identity_router
 from minimoe.explore.specialisation import Difference, Specialisation
 
+REAL = ("code", "prose")         # the domains that nobody generated: the claim is looked at on them alone, too
 RESULT = Path(__file__).parent / "results" / "specialisation.json"
 
 
@@ -57,6 +58,8 @@ class Settings:
     batch: int = 16
     lr: float = 3e-3
     steps: int = 300
+    device: str = "cpu"
+    dtype: str = "float32"
     threads: int = 1
     window: int = 64            # tokens of one piece of a document that is measured on
     documents: int = 24         # held-out documents per domain that are measured on
@@ -75,24 +78,26 @@ class Probe:
     domains: tuple[str, ...]
 
 
-def load_text(s: Settings) -> TextData:
-    """The corpora in equal shares, and a tokenizer made from their training documents.
+def prepare(s: Settings) -> tuple[TextData, Probe, Probe]:
+    """What to train on, the corpora in equal shares; windows of its documents; and windows of held-out documents.
 
     The library holds out few documents where they are long. An interval over documents needs more of them, so further
     whole ones are set apart, by a hash of their names, until there are enough of each domain.
     """
-    corpora = []
+    train, held = [], []
     for corpus in map(load_corpus, s.corpora):
-        held = list(corpus.held_out)
+        apart = list(corpus.held_out)
         hashed = sorted(corpus.train, key=lambda d: zlib.crc32(d.name.encode()))
         for domain in sorted({d.domain for d in hashed}):
-            missing = s.documents - sum(d.domain == domain for d in held)
-            held += [d for d in hashed if d.domain == domain and len(d.text) > 8 * s.window][:max(0, missing)]
-        names = {d.name for d in held}
-        corpora.append(Corpus(corpus.name, tuple(d for d in corpus.train if d.name not in names), tuple(held)))
-    tokenizer = Tokenizer.bpe([d.text for c in corpora for d in c.train], s.vocab)
-    streams = tuple(Stream(c.name, join(c.train, tokenizer)) for c in corpora)
-    return TextData(Mixture(streams, (1.0,) * len(streams)), tuple(corpora), tokenizer)
+            missing = s.documents - sum(d.domain == domain for d in apart)
+            apart += [d for d in hashed if d.domain == domain and len(d.text) > 8 * s.window][:max(0, missing)]
+            held += [d for d in apart if d.domain == domain][:s.documents]
+        names = {d.name for d in apart}
+        train.append(tuple(d for d in corpus.train if d.name not in names))
+    tokenizer = Tokenizer.bpe([d.text for documents in train for d in documents], s.vocab)
+    streams = tuple(Stream(name, join(documents, tokenizer)) for name, documents in zip(s.corpora, train))
+    data = TextData(Mixture(streams, (1.0,) * len(streams)), (), tokenizer)     # no corpora: no evaluation while training
+    return data, probe(sum(train, ()), tokenizer, s.known, s.window), probe(held, tokenizer, s.pieces, s.window)
 
 
 def model_config(s: Settings, vocab_size: int) -> ModelConfig:
@@ -103,7 +108,7 @@ def model_config(s: Settings, vocab_size: int) -> ModelConfig:
 
 def train_config(s: Settings, seed: int) -> TrainConfig:
     return TrainConfig(steps=s.steps, batch_size=s.batch, lr=s.lr, warmup=min(20, s.steps), seed=seed, log_every=10,
-                       eval_every=0, device="cpu", dtype="float32", threads=s.threads)
+                       eval_every=0, device=s.device, dtype=s.dtype, threads=s.threads)
 
 
 def train(data: TextData, s: Settings, seed: int) -> tuple[MoETransformer, Trainer]:
@@ -111,13 +116,12 @@ def train(data: TextData, s: Settings, seed: int) -> tuple[MoETransformer, Train
     torch.manual_seed(seed)
     model = MoETransformer(model_config(s, data.tokenizer.vocab_size))
     untrained = copy.deepcopy(model)
-    unmeasured = dataclasses.replace(data, corpora=())          # the loss on held-out text is not asked for here
-    trainer = Trainer(model, train_config(s, seed), unmeasured, tokenizer=data.tokenizer, progress=False)
+    trainer = Trainer(model, train_config(s, seed), data, progress=False)
     trainer.fit()
     return untrained, trainer
 
 
-def probe(documents: list[Document], tokenizer: Tokenizer, pieces: int, window: int) -> Probe:
+def probe(documents: Sequence[Document], tokenizer: Tokenizer, pieces: int, window: int) -> Probe:
     """About `pieces` windows of each domain, shared out evenly among its documents and spread evenly within each."""
     domains = tuple(sorted({d.domain for d in documents}))
     rows, domain, document = [], [], []
@@ -132,19 +136,12 @@ def probe(documents: list[Document], tokenizer: Tokenizer, pieces: int, window: 
     return Probe(torch.tensor(rows), np.repeat(domain, window), np.repeat(document, window), domains)
 
 
-def probes(data: TextData, s: Settings) -> tuple[Probe, Probe]:
-    """Windows of the training documents, and of the held-out documents."""
-    train, held = ([d for c in data.corpora for d in getattr(c, part)] for part in ("train", "held_out"))
-    few = [[d for d in held if d.domain == domain][:s.documents] for domain in sorted({d.domain for d in held})]
-    return probe(train, data.tokenizer, s.known, s.window), probe(sum(few, []), data.tokenizer, s.pieces, s.window)
-
-
 @torch.no_grad()
 def first_choices(model: MoETransformer, text: Probe) -> np.ndarray:
     """(N, L) the first expert of each token in each layer."""
-    was_training = model.training
+    was_training, device = model.training, model.embedding.weight.device
     model.eval()
-    batches = [[r.experts[:, 0] for r in model(rows).routing] for rows in text.tokens.split(32)]
+    batches = [[r.experts[:, 0].cpu() for r in model(rows.to(device)).routing] for rows in text.tokens.split(32)]
     model.train(was_training)
     return torch.cat([torch.stack(layers, 1) for layers in batches]).numpy()
 
@@ -183,15 +180,18 @@ def measure(model: MoETransformer, untrained: MoETransformer, known: Probe, new:
     expert_V = token_identity_router(known.tokens.flatten().numpy(), known.domain, e, v)
     rivals = {"untrained": numbered(untrained_NL, e), "identity": expert_V[new.tokens.flatten().numpy()],
               "habit": numbered(habit_NL, e)}
-    compare = lambda rival: specialisation_difference(numbered(trained_NL, e), rival, new.domain, new.document,
-                                                      e * model.cfg.n_layers, n_boot=draws)
+    compare = lambda rival, at=slice(None): specialisation_difference(
+        numbered(trained_NL, e)[at], rival[at], new.domain[at], new.document[at], e * model.cfg.n_layers, n_boot=draws)
     layer = lambda first_N: plain(specialisation(first_N, new.domain, new.document, e, n_boot=draws))
     differences = {name: compare(rival) for name, rival in rivals.items()}
+    real_N = np.isin(np.array(new.domains)[new.domain], REAL)
+    real = compare(rivals["untrained"], real_N) if real_N.any() else None
     return {
         "trained": plain(differences["untrained"].a),
         **{name: plain(d.b) for name, d in differences.items()},
         "trained_minus": {name: plain(d) for name, d in differences.items()},
         "layers": {"trained": [layer(c) for c in trained_NL.T], "untrained": [layer(c) for c in untrained_NL.T]},
+        "real_text": real and {"trained": plain(real.a), "untrained": plain(real.b), "trained_minus_untrained": plain(real)},
         "agrees_with_habit": [round(float(x), 4) for x in (habit_NL == trained_NL).mean(0)],
     }
 
@@ -210,8 +210,7 @@ def shares(first_NL: np.ndarray, text: Probe, n_experts: int) -> list:
 
 def run(seeds: int, s: Settings, say: Callable[[str], None] = print) -> dict:
     """Trains and measures one model per seed."""
-    data = load_text(s)
-    known, new = probes(data, s)
+    data, known, new = prepare(s)
     cfg = model_config(s, data.tokenizer.vocab_size)
     result = {"what": __doc__.split("\n")[0], "date": datetime.date.today().isoformat(), "machine": machine(),
               "settings": dataclasses.asdict(s), "params": cfg.num_params(), "active_params": cfg.active_params(),

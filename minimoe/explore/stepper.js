@@ -111,7 +111,7 @@ function render({ model, el }) {
   root.append(h("div", { class: "mm-top" }, h("label", { class: "mm-pick" }, "Token", select), reset), context,
     h("div", { class: "mm-controls", role: "group", "aria-label": "Settings of the router" }, ...sliders.map(s => s.box),
       h("label", { class: "mm-check" }, check, " Renormalize the weights")),
-    h("div", { class: "mm-scroll" }, table), told, spoken);
+    h("div", { class: "mm-sideways" }, table), told, spoken);
   take(0);
   el.replaceChildren(root);
   return () => {};

@@ -54,7 +54,7 @@ def token_example(run: object, text: str, at: int = -1, layer: int | None = None
         model.train(was_training)
     logits_E = routing[model.cfg.moe_layers.index(index)].logits[at]
     around = ["".join(s).replace("·", " ") for s in (shown[max(0, at - 12):at], shown[at + 1:at + 9])]
-    return Example(name or f"“{shown[at]}”, layer {index}", tuple(round(x, 4) for x in logits_E.tolist()),
+    return Example(name or f"“{shown[at]}”, layer {index}", tuple(round(x, 3) for x in logits_E.tolist()),
                    around[0], shown[at], around[1], f"token {at}, layer {index}")
 
 
