@@ -141,6 +141,7 @@ def lab_page(notebook: Path, tmp: Path):
     folder = tmp / "notebooks"
     folder.mkdir(parents=True)
     shutil.copy(notebook, folder / notebook.name)
+    shutil.copytree(notebook.parents[1] / "benchmarks", tmp / "benchmarks")     # chapters run their recorded experiments
     chromium()  # skip before a server is started
     with lab_server(folder, tmp / "jupyter") as address, browser() as running:
         page = running.new_page(viewport={"width": 1300, "height": 1000})
@@ -169,13 +170,13 @@ def run_all(page, timeout: float = 300_000) -> None:
     page.get_by_role("menuitem", name="Kernel", exact=True).click()
     page.get_by_role("menuitem", name="Restart Kernel and Clear Outputs of All Cells").first.click()
     page.locator(".jp-Dialog .jp-mod-accept").click()
-    page.wait_for_function(f"() => {CELLS}.every(c => c.prompt === '[ ]:')", timeout=30_000)
+    page.wait_for_function(f"() => {CELLS}.every(c => ['[ ]:', ''].includes(c.prompt))", timeout=30_000)
     wait_idle(page)
     for attempt in range(3):  # the first click after a restart is sometimes lost
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         try:
-            page.wait_for_function(f"() => {CELLS}.some(c => c.prompt !== '[ ]:')", timeout=20_000)
+            page.wait_for_function(f"() => {CELLS}.some(c => !['[ ]:', ''].includes(c.prompt))", timeout=20_000)
             break
         except Exception:
             if attempt == 2:
@@ -186,14 +187,16 @@ def run_all(page, timeout: float = 300_000) -> None:
         cells = page.evaluate(f"() => {CELLS}")
         errors = [c["error"] for i, c in enumerate(cells) if c["error"] and i not in page.may_fail]
         assert not errors, "a cell failed in JupyterLab:\n" + "\n".join(errors)
-        left = [i for i, c in enumerate(cells) if not re.fullmatch(r"\[\d+\]:", c["prompt"])]
+        left = [i for i, c in enumerate(cells) if not re.fullmatch(r"(\[\d+\]:)?", c["prompt"])]
         if not left:
+            wait_idle(page)  # cells whose source is folded away show no number
             return page.wait_for_timeout(1000)  # the last outputs are still being drawn
         assert time.monotonic() < end, f"code cells that did not run: {left} of {len(cells)}"
         page.wait_for_timeout(500)
 
 
-# JavaScript: each code cell that is not empty, with what stands before it and the traceback below it
+# JavaScript: each code cell, with what stands before it (nothing where the source is folded away) and the traceback
+# below it
 CELLS = """[...document.querySelectorAll('.jp-NotebookPanel .jp-CodeCell')]
   .map(c => ({
     prompt: c.querySelector('.jp-InputPrompt').textContent.trim(),

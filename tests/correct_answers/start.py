@@ -40,8 +40,17 @@ def predictions():
             "choices_work": "larger", "finer_work": "same"}
 
 
+def name_in_prose_and_code():
+    return " name", 3, "The function returns a list of names.", "for name in names: print(name)"
+
+
+def end_of_a_sentence_and_of_a_sum():
+    return ["\n", 3, "Ann went to the garden.\n", "12 + 30 = 42\n"]
+
+
 CORRECT = {
     "active_share": [share_by_formula, share_by_what_is_idle],
     "load_shares": [loads_by_counter, loads_by_bincount, loads_by_walking],
     "predict_start": [predictions, lambda: {**predictions(), "note": "a dict may hold more"}],
+    "two_contexts": [name_in_prose_and_code, end_of_a_sentence_and_of_a_sum],
 }

@@ -184,6 +184,14 @@ def different_only_later():
     return "In", 0, "In the morning", "In a garden"
 
 
+def in_a_layer_too_low():
+    return " name", 1, "The function returns a list of names.", "for name in names: print(name)"
+
+
+def mentioned_by_its_word():
+    return "name", 3, "The function returns a list of names.", "for name in names: print(name)"
+
+
 WRONG = {
     "active_share": [
         (share_of_the_experts, "top_k over n_experts"), (share_of_the_expert_parameters, "top_k over n_experts"),
@@ -209,5 +217,6 @@ WRONG = {
     "two_contexts": [
         (one_text_twice, "the same text"), (without_the_space, "not a token of the text"),
         (not_in_the_text, "not a token of the text"), (different_only_later, "the same text"),
+        (in_a_layer_too_low, "the same expert"), (mentioned_by_its_word, "not a token of the text"),
     ],
 }
