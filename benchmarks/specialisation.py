@@ -46,6 +46,7 @@ class Settings:
     """Text, model, training, and how much is measured."""
 
     corpora: tuple[str, ...] = ("pydocs", "stdlib", "worlds")
+    characters: int = 1_000_000 # of a corpus at most: more than is read costs time before the first step
     vocab: int = 1024
     dim: int = 64
     layers: int = 4
@@ -92,8 +93,8 @@ def prepare(s: Settings) -> tuple[TextData, Probe, Probe]:
             missing = s.documents - sum(d.domain == domain for d in apart)
             apart += [d for d in hashed if d.domain == domain and len(d.text) > 8 * s.window][:max(0, missing)]
             held += [d for d in apart if d.domain == domain][:s.documents]
-        names = {d.name for d in apart}
-        train.append(tuple(d for d in corpus.train if d.name not in names))
+        rest = [d for d in hashed if d not in apart]
+        train.append(tuple(rest[:np.searchsorted(np.cumsum([len(d.text) for d in rest]), s.characters)]))
     tokenizer = Tokenizer.bpe([d.text for documents in train for d in documents], s.vocab)
     streams = tuple(Stream(name, join(documents, tokenizer)) for name, documents in zip(s.corpora, train))
     data = TextData(Mixture(streams, (1.0,) * len(streams)), (), tokenizer)     # no corpora: no evaluation while training

@@ -105,7 +105,8 @@ def test_the_table_of_messages(chapter):
         reports = [judge(getattr(checks_of(chapter), f"check_{exercise}"), fn) for fn, _ in pairs]
         texts = {r.mistake.text for r in reports}
         assert len(texts) == len({r.mistake.name for r in reports}), "two mistakes are told the same"
-        assert len(texts) >= len(pairs) * 0.75, "different mistakes deserve different messages"
+        if kinds.get(exercise) != "experiment":     # an experiment is right or not: few ways to go wrong
+            assert len(texts) >= len(pairs) * 0.75, "different mistakes deserve different messages"
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)

@@ -50,7 +50,7 @@ def _question(name: str):
         if not isinstance(given, dict) or given.get(name) not in ANSWERS:
             got = repr(given.get(name)) if isinstance(given, dict) else type(given).__name__
             raise Wrong(f"a dict in which {name!r} is one of {', '.join(map(repr, ANSWERS))}", got, Mistake(
-                "no answer", f"give one of the three words for {name!r}; write down a guess, then see."))
+                "no answer", "give one of the three words for every question; write down a guess, then see."))
         if given[name] != _truth(name):
             raise Wrong(f"{_truth(name)!r}", f"{given[name]!r}", Mistake(f"{name}: {given[name]}", QUESTIONS[name][2]))
     return test
@@ -65,7 +65,10 @@ def check_predict_start(fn, seed: int = 0) -> Report:
 NOT_THERE = Mistake("not a token of the text", "the token must be written as the explorer shows it, a space in front included, "
                     "and stand in both texts as one token: \"if\" and \" if\" are two tokens with two numbers.")
 SAME_EXPERT = Mistake("the same expert", "the first choice is the same in both texts: try a later layer, where more of the context "
-                      "has reached the token, or put the token into a very different text.")
+                      "has reached the token; in the last one, put the token into a very different text, such as a sum "
+                      "against a story.")
+LAYER = Mistake("no such layer", "layers are counted from 0, so the last of four is 3.")
+ORDER = Mistake("not the four values", "return (token, layer, text_a, text_b), in this order.")
 SAME_TEXT = Mistake("the same text", "without a difference in what stands before the token there is no other context: the model sees "
                     "only what comes earlier.")
 
@@ -73,10 +76,10 @@ SAME_TEXT = Mistake("the same text", "without a difference in what stands before
 def _given(fn: Learner):
     given = fn()
     if not isinstance(given, (tuple, list)) or len(given) != 4:
-        raise Wrong("four values: token, layer, text_a, text_b", type(given).__name__)
+        raise Wrong("four values: token, layer, text_a, text_b", type(given).__name__, ORDER)
     token, layer, *texts = given
     if not isinstance(token, str) or not all(isinstance(t, str) for t in texts) or not isinstance(layer, int):
-        raise Wrong("token and texts as strings, the layer as a number", ", ".join(type(v).__name__ for v in given))
+        raise Wrong("token and texts as strings, the layer as a number", ", ".join(type(v).__name__ for v in given), ORDER)
     return token, layer, texts
 
 
@@ -87,7 +90,7 @@ def _traces(fn: Learner):
     token, layer, texts = _given(fn)
     run = load("shipped")
     if layer not in run.model.cfg.moe_layers:
-        raise Wrong(f"a layer of the shipped model: one of {', '.join(map(str, run.model.cfg.moe_layers))}", str(layer))
+        raise Wrong(f"a layer of the shipped model: one of {', '.join(map(str, run.model.cfg.moe_layers))}", str(layer), LAYER)
     places = []
     for name, text in zip("ab", texts):
         try:
