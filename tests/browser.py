@@ -141,7 +141,7 @@ def lab_page(notebook: Path, tmp: Path):
     folder = tmp / "notebooks"
     folder.mkdir(parents=True)
     shutil.copy(notebook, folder / notebook.name)
-    shutil.copytree(notebook.parents[1] / "benchmarks", tmp / "benchmarks")     # chapters run their recorded experiments
+    shutil.copytree(Path(__file__).parents[1] / "benchmarks", tmp / "benchmarks")     # chapters run their recorded experiments
     chromium()  # skip before a server is started
     with lab_server(folder, tmp / "jupyter") as address, browser() as running:
         page = running.new_page(viewport={"width": 1300, "height": 1000})
