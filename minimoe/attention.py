@@ -60,25 +60,34 @@ def causal_mask(lengths: list[int], t: int, device: torch.device | str = "cpu") 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions (Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023).
 
-    `forward(x_BTD, cos, sin)` gives (B, T, D). With a cache the keys and values of earlier calls are used too.
+    `forward(x_BTD, rope)` gives (B, T, D); `rope` is (cos, sin) of the T positions, or None to rotate nothing. With a
+    cache the keys and values of earlier calls are used too.
     """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.n_heads, self.kv_heads, self.head_dim = cfg.n_heads, cfg.kv_heads, cfg.head_size
-        self.q = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_size, bias=False)
-        self.k = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_size, bias=False)
-        self.v = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_size, bias=False)
-        self.o = nn.Linear(cfg.n_heads * cfg.head_size, cfg.dim, bias=False)
-        self.q_norm = RMSNorm(cfg.head_size, cfg.norm_eps) if cfg.qk_norm == "head" else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_size, cfg.norm_eps) if cfg.qk_norm == "head" else nn.Identity()
+        q_width, kv_width = cfg.n_heads * cfg.head_size, cfg.kv_heads * cfg.head_size
+        self.q = nn.Linear(cfg.dim, q_width, bias=cfg.qkv_bias)
+        self.k = nn.Linear(cfg.dim, kv_width, bias=cfg.qkv_bias)
+        self.v = nn.Linear(cfg.dim, kv_width, bias=cfg.qkv_bias)
+        self.o = nn.Linear(q_width, cfg.dim, bias=False)
+        self.norm_heads = cfg.qk_norm == "head"         # else over all heads together, or not at all
+        sizes = {"none": None, "head": (cfg.head_size, cfg.head_size), "full": (q_width, kv_width)}[cfg.qk_norm]
+        self.q_norm, self.k_norm = (RMSNorm(n, cfg.norm_eps) for n in sizes) if sizes else (nn.Identity(), nn.Identity())
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def heads(self, y_BTX: Tensor, norm: nn.Module) -> Tensor:
+        """(B, T, heads x C) to (B, heads, T, C), normalized before or after the cut into heads."""
+        cut = y_BTX.unflatten(-1, (-1, self.head_dim)) if self.norm_heads else norm(y_BTX).unflatten(-1, (-1, self.head_dim))
+        return (norm(cut) if self.norm_heads else cut).transpose(1, 2)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None,
+                layer: int = 0) -> Tensor:
         b, t, _ = x_BTD.shape
-        q_BHTC = self.q_norm(self.q(x_BTD).view(b, t, self.n_heads, self.head_dim)).transpose(1, 2)
-        k_BGTC = self.k_norm(self.k(x_BTD).view(b, t, self.kv_heads, self.head_dim)).transpose(1, 2)
-        v_BGTC = self.v(x_BTD).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
-        q_BHTC, k_BGTC = apply_rope(q_BHTC, cos, sin), apply_rope(k_BGTC, cos, sin)
+        q_BHTC, k_BGTC = self.heads(self.q(x_BTD), self.q_norm), self.heads(self.k(x_BTD), self.k_norm)
+        v_BGTC = self.v(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if rope is not None:
+            q_BHTC, k_BGTC = apply_rope(q_BHTC, *rope), apply_rope(k_BGTC, *rope)
         if cache is None or max(cache.lengths) == 0:
             if cache is not None:
                 cache.write(layer, k_BGTC, v_BGTC)

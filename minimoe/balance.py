@@ -5,8 +5,10 @@ number comes out. Choices count as the router made them, before capacity drops a
 """
 from __future__ import annotations
 
+from statistics import median
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimoe.router import Routing
 
@@ -60,6 +62,16 @@ def z_loss(routing: Routing) -> Tensor:
     return routing.logits.logsumexp(-1).square().mean()
 
 
+def simbal_loss(weight_ED: Tensor) -> Tensor:
+    """Sum of |W W^T - I| over the router's rows: 0 when they are orthonormal, so that similar tokens get similar
+    probabilities and no two experts the same ones (Omi et al. 2025, "Similarity Preserving Routers", L_orth).
+
+    >>> simbal_loss(torch.eye(2, 3)).item(), simbal_loss(torch.ones(2, 1)).item()
+    (0.0, 2.0)
+    """
+    return (weight_ED @ weight_ED.T - torch.eye(len(weight_ED), device=weight_ED.device)).abs().sum()
+
+
 @torch.no_grad()
 def update_bias(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
     """Adds `speed` to the bias of experts below the mean load and takes it from those above, in place.
@@ -81,13 +93,60 @@ def max_violation(counts_E: Tensor) -> float:
     return (counts_E.max() / counts_E.mean().clamp_min(1e-20) - 1).item()
 
 
-def statistics(routing: Routing) -> dict[str, object]:
-    """Plain numbers for the log: load shares, MaxVio, mean entropy of the probabilities (nats), share dropped."""
+def statistics(routing: Routing, router: nn.Module | None = None) -> dict[str, object]:
+    """Plain numbers for the log: load shares, MaxVio, mean entropy of the probabilities (nats), share dropped; with the
+    router that made them its selection bias, where it has one, and after a backward pass the norm of its gradient.
+
+    >>> from minimoe.router import softmax_topk
+    >>> statistics(softmax_topk(torch.eye(2), k=1))
+    {'load': [0.5, 0.5], 'max_vio': 0.0, 'entropy': 0.5822, 'dropped': 0.0}
+    """
     counts_E = load_counts(routing)
     probs = routing.probs.detach()
-    return {
+    numbers = {
         "load": [round(x, 4) for x in (counts_E / counts_E.sum().clamp_min(1)).tolist()],
         "max_vio": round(max_violation(counts_E), 4),
         "entropy": round(-(probs * probs.clamp_min(1e-20).log()).sum(-1).mean().item(), 4),
         "dropped": round(1 - routing.kept.float().mean().item(), 4),
     }
+    if getattr(router, "bias_E", None) is not None:
+        numbers["bias"] = [round(x, 4) for x in router.bias_E.tolist()]
+    if getattr(router, "weight", None) is not None and router.weight.grad is not None:
+        numbers["router_grad"] = router.weight.grad.norm().item()
+    return numbers
+
+
+def alerts(rows: list[dict], *, window: int = 100, min_share: float = 0.4, max_cv: float = 1.0, z_factor: float = 2.0,
+           z_window: int = 500, z_bound: float = 100.0, min_gradient: float = 1e-7) -> list[str]:
+    """What is wrong with the routing now, one line each; an empty list is health. `rows` are those of metrics.jsonl.
+
+    An expert under `min_share` of its fair share over the last `window` steps (at 8 experts and 0.4: 5 % of the choices);
+    a load whose coefficient of variation (standard deviation over mean) is above `max_cv`; a z-loss above `z_factor`
+    times its median of the last `z_window` steps, or above `z_bound` (logits near 10, where bfloat16 rounds by 0.06); a
+    router whose gradient has a norm under `min_gradient`.
+
+    >>> alerts([{"step": 200, "z": 4.0, "routing": [{"load": [1.0, 0.0, 0.0], "router_grad": 0.1}]}])
+    ['MoE layer 0: the load is uneven, coefficient of variation 1.41 (above 1)']
+    """
+    if not rows:
+        return []
+    now, found = rows[-1], []
+    recent = [r for r in rows if r["step"] > now["step"] - window]
+    for layer, statistics_now in enumerate(now.get("routing", ())):
+        load_E = torch.tensor(statistics_now["load"])
+        fair = 1 / len(load_E)
+        if rows[0]["step"] <= now["step"] - window:         # the rows reach back a whole window
+            mean_E = torch.tensor([r["routing"][layer]["load"] for r in recent]).mean(0)
+            found += [f"MoE layer {layer}: expert {e} got {share:.1%} of the choices over {window} steps, under "
+                      f"{min_share:.0%} of its fair share of {fair:.1%}"
+                      for e, share in enumerate(mean_E.tolist()) if share < min_share * fair]
+        if (cv := (load_E.std(correction=0) / load_E.mean().clamp_min(1e-20)).item()) > max_cv:
+            found.append(f"MoE layer {layer}: the load is uneven, coefficient of variation {cv:.2f} (above {max_cv:g})")
+        if statistics_now.get("router_grad", 1.0) < min_gradient:
+            found.append(f"MoE layer {layer}: the router gets no gradient (norm {statistics_now['router_grad']:.1e})")
+    before = [r["z"] for r in rows[:-1] if "z" in r and r["step"] > now["step"] - z_window]
+    if now.get("z", 0.0) > z_bound:
+        found.append(f"z-loss {now['z']:.1f} is above {z_bound:g}: the router's logits have grown too large")
+    elif len(before) >= 5 and now.get("z", 0.0) > z_factor * median(before):
+        found.append(f"z-loss {now['z']:.2f} is above {z_factor:g} times its median of the last {z_window} steps")
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from minimoe.config import Config, ModelConfig, load_config, save_config
 from minimoe.data.tokenizer import Tokenizer
-from minimoe.generate import generate, stream
+from minimoe.generate import lay_out_for_decoding, stream
 from minimoe.model import MoETransformer
-from minimoe.settings import ConfigError
+from minimoe.settings import ConfigError, need
 
 SHIPPED = Path(__file__).parent / "assets" / "pydocs"
 
@@ -34,22 +34,30 @@ class Run:
     config: Config
     folder: Path | None = None
 
-    def generate(self, text: str, max_new_tokens: int | None = None, temperature: float | None = None,
-                 seed: int = 0) -> str:
-        """The text that the model writes after `text`; what is not given comes from the run's `generate:` section."""
-        ids = generate(self.model, self.encode(text), **self._options(max_new_tokens, temperature, seed))
-        return self.tokenizer.decode(ids)
+    def generate(self, text: str, max_new_tokens: int | None = None, **options: object) -> str:
+        """The text that the model writes after `text`. Options: temperature, top_k, top_p, seed, and `stop`, a
+        text or texts that end the writing and are not shown; what is not given comes from the run's `generate:` section."""
+        return "".join(self.stream(text, max_new_tokens, **options))
 
-    def stream(self, text: str, max_new_tokens: int | None = None, temperature: float | None = None, seed: int = 0):
-        """As `generate`, but yields pieces of text as they are made; a character that spans tokens comes whole."""
+    def stream(self, text: str, max_new_tokens: int | None = None, **options: object) -> Iterator[str]:
+        """As `generate`, but yields pieces of text as they are made. A character that spans tokens comes whole, and what
+        may be the beginning of a stop text waits until it is clear."""
+        options, stop = self._options({"max_new_tokens": max_new_tokens, **options})
         ids, shown = [], 0
-        for (token,) in stream(self.model, [self.encode(text)], **self._options(max_new_tokens, temperature, seed)):
+        for (token,) in stream(self.model, [self.encode(text)], **options):
             if token is not None:
                 ids.append(token)
-            text_so_far = self.tokenizer.decode(ids)
-            if not text_so_far.endswith("\ufffd"):
-                yield text_so_far[shown:]
-                shown = len(text_so_far)
+            so_far = self.tokenizer.decode(ids)
+            ends = [at for s in stop if (at := so_far.find(s)) >= 0]
+            if ends:
+                yield so_far[shown:min(ends)]
+                return
+            waits = max((n for s in stop for n in range(1, len(s)) if so_far.endswith(s[:n])), default=0)
+            if not so_far.endswith("\ufffd") and len(so_far) - waits > shown:
+                yield so_far[shown:len(so_far) - waits]
+                shown = len(so_far) - waits
+        if ids and len(so_far) > shown:
+            yield so_far[shown:]
 
     def encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
@@ -65,12 +73,17 @@ class Run:
         lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-    def _options(self, max_new_tokens: int | None, temperature: float | None, seed: int) -> dict:
+    def _options(self, given: dict) -> tuple[dict, tuple[str, ...]]:
         g = self.config.generate
-        stop = () if self.tokenizer.end_of_text is None else (self.tokenizer.end_of_text,)
-        return {"max_new_tokens": g.max_new_tokens if max_new_tokens is None else max_new_tokens,
-                "temperature": g.temperature if temperature is None else temperature,
-                "top_k": g.sample_top_k, "top_p": g.top_p, "seed": seed, "stop_ids": stop}
+        options = {"max_new_tokens": g.max_new_tokens, "temperature": g.temperature, "top_k": g.sample_top_k,
+                   "top_p": g.top_p, "seed": 0, "stop": g.stop}
+        if unknown := set(given) - set(options):
+            raise TypeError(f"unknown option {min(unknown)!r}; known are {', '.join(options)}")
+        options |= {name: value for name, value in given.items() if value is not None}
+        stop = (options["stop"],) if isinstance(options["stop"], str) else tuple(options["stop"])
+        need(all(stop), "stop: an empty text would end everything before it begins")
+        end = None if self.tokenizer is None else self.tokenizer.end_of_text
+        return {k: v for k, v in options.items() if k != "stop"} | {"stop_ids": () if end is None else (end,)}, stop
 
 
 def save(folder: str | Path, model: MoETransformer, tokenizer: Tokenizer | None = None,
@@ -85,7 +98,7 @@ def save(folder: str | Path, model: MoETransformer, tokenizer: Tokenizer | None 
 
 
 def save_weights(path: Path, model: MoETransformer) -> None:
-    """The weights as safetensors, a tied head left out."""
+    """The weights as safetensors, each once: a tied head and the further copies of a shared router are left out."""
     state = {k: v.contiguous().cpu() for k, v in model.state_dict().items() if not _tied(k, model.cfg)}
     write_safely(path, lambda p: save_file(state, str(p)))
 
@@ -105,7 +118,7 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     model = MoETransformer(config.model)
     load_weights(folder / "model.safetensors", model)
-    return Run(model.to(device).eval(), tokenizer, config, folder)
+    return Run(lay_out_for_decoding(model.to(device).eval()), tokenizer, config, folder)
 
 
 def load_weights(path: Path, model: MoETransformer) -> None:
@@ -138,4 +151,6 @@ def write_safely(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _tied(name: str, cfg: ModelConfig) -> bool:
-    return cfg.tie_embeddings and name == "head.weight"
+    """Whether a weight is the same tensor as another that stands before it."""
+    copies = tuple(f"blocks.{i}.ffn.router." for i in cfg.moe_layers[1:]) if cfg.share_router else ()
+    return cfg.tie_embeddings and name == "head.weight" or name.startswith(copies) and not name.endswith("bias_E")

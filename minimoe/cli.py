@@ -70,6 +70,12 @@ class GenerateArgs:
     """Tokens to write; default the run's own."""
     temperature: float | None = None
     """0 takes the likeliest token always; default the run's own."""
+    top_k: int | None = None
+    """Draw among the k likeliest tokens only; default the run's own."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that hold this share of the probability; default the run's own."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the writing and are not shown; default the run's own."""
     seed: int = 0
     """Seed of the draws."""
     device: str = "cpu"
@@ -90,7 +96,8 @@ def generate(argv: list[str]) -> None:
     started, print_now = time.perf_counter(), lambda text: print(text, end="", flush=True)
     print_now(args.prompt)
     n = 0
-    for piece in run.stream(args.prompt, args.max_new_tokens, args.temperature, args.seed):
+    for piece in run.stream(args.prompt, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                            top_p=args.top_p, seed=args.seed, stop=args.stop or None):
         print_now(piece)
         n += 1
     print()

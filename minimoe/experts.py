@@ -1,61 +1,82 @@
 """Experts, and how tokens get to them and back (chapter 5).
 
-Shapes: N tokens, D model width, E experts, K choices per token, H hidden size of one expert, P = pairs of a token and
-an expert that it is really sent to (N x K less what was dropped).
+Shapes: N tokens, D model width, E experts, K choices per token, H hidden size of one expert, F = 2 H where a gate and
+an up projection lie side by side, else H; P = pairs of a token and an expert that it is really sent to (N x K less what
+was dropped).
 
     x_ND --take the rows, sorted by expert--> x_PD --each expert on its own rows--> y_PD --add up by token--> y_ND
 """
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minimoe.config import ModelConfig
 from minimoe.router import Router, Routing
 
 
-class FeedForward(nn.Module):
-    """Dense SwiGLU layer, (..., D) to (..., D): what an expert is, for all tokens (Shazeer 2020, eq. 6)."""
+def activate(h: Tensor, activation: str) -> Tensor:
+    """What happens between an expert's two products, (..., F) to (..., H): gated by SiLU or GELU (Shazeer 2020, eq. 6),
+    or plain GELU (Hendrycks & Gimpel 2016).
 
-    def __init__(self, dim: int, hidden: int):
+    >>> activate(torch.tensor([1.0, 3.0]), "swiglu"), activate(torch.tensor([0.0, 1.0]), "gelu")
+    (tensor([2.1932]), tensor([0.0000, 0.8413]))
+    """
+    if activation == "gelu":
+        return F.gelu(h)
+    gate, up = h.chunk(2, dim=-1)
+    return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
+
+
+class FeedForward(nn.Module):
+    """Dense feed-forward layer, (..., D) to (..., D): what an expert is, for all tokens."""
+
+    def __init__(self, cfg: ModelConfig, hidden: int):
         super().__init__()
-        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.activation = cfg.activation
+        self.w13 = nn.Linear(cfg.dim, hidden * (2 if cfg.gated else 1), bias=False)
+        self.w2 = nn.Linear(hidden, cfg.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(activate(self.w13(x), self.activation))
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts as two stacked tensors. `forward(x_ND, routing)` gives (N, D):
+    """E experts as two stacked tensors. `forward(x_ND, routing)` gives (N, D):
 
         y[n] = sum over kept k of  weights[n, k] * expert[experts[n, k]](x[n])
 
     A dropped choice contributes exactly zero. `dispatch` is "grouped" (one matrix product for all experts), "loop"
-    (one expert after the other) or "auto" (grouped where it can run).
+    (one expert after the other) or "auto" (grouped where it can run). With `recompute` the hidden values are computed
+    again in the backward pass instead of kept.
     """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.dispatch = cfg.dispatch
-        self.w13_ED2H = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim, 2 * cfg.expert_hidden))
+        self.dispatch, self.activation, self.recompute = cfg.dispatch, cfg.activation, False
+        f = cfg.expert_hidden * (2 if cfg.gated else 1)
+        self.w13_EDF = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim, f))
         self.w2_EHD = nn.Parameter(torch.empty(cfg.n_experts, cfg.expert_hidden, cfg.dim))
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        w13_ED2H, w2_EHD, dtype = self.w13_ED2H, self.w2_EHD, x_ND.dtype
+        w13_EDF, w2_EHD, dtype = self.w13_EDF, self.w2_EHD, x_ND.dtype
         if torch.is_autocast_enabled(x_ND.device.type):        # grouped_mm does not know autocast: cast by hand
             dtype = torch.get_autocast_dtype(x_ND.device.type)
-            w13_ED2H, w2_EHD = w13_ED2H.to(dtype), w2_EHD.to(dtype)
-        grouped = self.dispatch != "loop" and (reason := cannot_group(w13_ED2H, w2_EHD)) is None
+            w13_EDF, w2_EHD = w13_EDF.to(dtype), w2_EHD.to(dtype)
+        grouped = self.dispatch != "loop" and (reason := cannot_group(w13_EDF, w2_EHD)) is None
         if self.dispatch == "grouped" and not grouped:
             raise ValueError(f'dispatch="grouped" cannot run here: {reason}; use dispatch="auto"')
         round_to = 64 if grouped and x_ND.device.type == "cpu" and dtype == torch.bfloat16 else 1
-        token_P, weight_P, counts_E = sort_by_expert(routing, w13_ED2H.shape[0], round_to)
-        x_PD = x_ND.to(dtype)[token_P]
-        run = grouped_swiglu if grouped else loop_swiglu
-        y_PD = run(x_PD, weight_P.to(dtype), counts_E, w13_ED2H, w2_EHD)
+        token_P, weight_P, counts_E = sort_by_expert(routing, w13_EDF.shape[0], round_to)
+        run = grouped_experts if grouped else loop_experts
+        compute = lambda x_ND, weight_P, *w: run(x_ND[token_P], weight_P, counts_E, *w, self.activation)
+        if self.recompute and torch.is_grad_enabled():
+            compute = partial(checkpoint, compute, use_reentrant=False)
+        y_PD = compute(x_ND.to(dtype), weight_P.to(dtype), w13_EDF, w2_EHD)
         return torch.zeros_like(x_ND).index_add(0, token_P, y_PD.to(x_ND.dtype))
 
 
@@ -89,50 +110,55 @@ def sort_by_expert(routing: Routing, n_experts: int, round_to: int = 1) -> tuple
             weight_P.new_zeros(size).index_copy(0, place_P, weight_P), filled_E)
 
 
-def loop_swiglu(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_ED2H: Tensor, w2_EHD: Tensor) -> Tensor:
+def loop_experts(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor,
+                 activation: str) -> Tensor:
     """The reference: each expert in turn, on its own block of rows. (P, D) to (P, D)."""
-    parts = []
-    blocks = x_PD.split(counts_E.tolist()), weight_P.split(counts_E.tolist()), w13_ED2H.unbind(0), w2_EHD.unbind(0)
+    parts, counts = [x_PD[:0]], counts_E.tolist()
+    blocks = x_PD.split(counts), weight_P[:, None].split(counts), w13_EDF.unbind(0), w2_EHD.unbind(0)
     for x, weight, w13, w2 in zip(*blocks):
-        gate, up = (x @ w13).chunk(2, dim=-1)
-        parts.append((F.silu(gate) * up * weight[:, None]) @ w2)
+        if len(x):
+            parts.append((activate(x @ w13, activation) * weight) @ w2)
     return torch.cat(parts)
 
 
-def grouped_swiglu(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_ED2H: Tensor, w2_EHD: Tensor) -> Tensor:
+def grouped_experts(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor,
+                    activation: str) -> Tensor:
     """The same in two grouped matrix products. The weight goes on the hidden values: H is smaller than what the
     output would need, and the down projection is linear, so the result is the same. (P, D) to (P, D)."""
     ends_E = counts_E.cumsum(0).int()
-    gate, up = F.grouped_mm(x_PD, w13_ED2H, offs=ends_E).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate) * up * weight_P[:, None], w2_EHD, offs=ends_E)
+    h_PH = activate(F.grouped_mm(x_PD, w13_EDF, offs=ends_E), activation) * weight_P[:, None]
+    return F.grouped_mm(h_PH, w2_EHD, offs=ends_E)
 
 
-def cannot_group(w13_ED2H: Tensor, w2_EHD: Tensor) -> str | None:
+def cannot_group(w13_EDF: Tensor, w2_EHD: Tensor) -> str | None:
     """Why `torch.nn.functional.grouped_mm` cannot run on these weights, or None where it can."""
-    if w13_ED2H.device.type not in ("cpu", "cuda"):
-        return f"no grouped_mm on {w13_ED2H.device.type}"
-    if w13_ED2H.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"no grouped_mm for {w13_ED2H.dtype}"
-    if any(size * w13_ED2H.element_size() % 16 for size in (*w13_ED2H.shape[1:], *w2_EHD.shape[1:])):
-        return f"rows of {tuple(w13_ED2H.shape[1:])} or {tuple(w2_EHD.shape[1:])} are not a multiple of 16 bytes"
+    if w13_EDF.device.type not in ("cpu", "cuda"):
+        return f"no grouped_mm on {w13_EDF.device.type}"
+    if w13_EDF.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no grouped_mm for {w13_EDF.dtype}"
+    if any(size * w13_EDF.element_size() % 16 for size in (*w13_EDF.shape[1:], *w2_EHD.shape[1:])):
+        return f"rows of {tuple(w13_EDF.shape[1:])} or {tuple(w2_EHD.shape[1:])} are not a multiple of 16 bytes"
     return None
 
 
 class MoE(nn.Module):
-    """A whole MoE layer: the router chooses, the experts work, shared experts see every token.
+    """A whole MoE layer: the router chooses, the experts work, shared experts see every token, whatever the router says.
 
-    `forward(x_ND, token_ids_N, row_N)` gives (N, D) and the `Routing`.
+    `forward(x_ND, token_ids_N, row_N)` gives (N, D) and the `Routing`. A gate, where there is one, weighs the shared
+    experts by sigmoid(gate x) (Qwen2-MoE).
     """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.router = Router(cfg)
         self.experts = Experts(cfg)
-        self.shared = FeedForward(cfg.dim, cfg.n_shared_experts * cfg.expert_hidden) if cfg.n_shared_experts else None
+        self.shared = FeedForward(cfg, cfg.shared_size) if cfg.n_shared_experts else None
+        self.shared_gate = nn.Linear(cfg.dim, 1, bias=False) if cfg.shared_gate else None
 
     def forward(self, x_ND: Tensor, token_ids_N: Tensor, row_N: Tensor) -> tuple[Tensor, Routing]:
         routing = self.router(x_ND, token_ids_N, row_N)
         y_ND = self.experts(x_ND, routing)
         if self.shared is not None:
-            y_ND = y_ND + self.shared(x_ND)
+            shared_ND = self.shared(x_ND)
+            y_ND = y_ND + (shared_ND if self.shared_gate is None else self.shared_gate(x_ND).sigmoid() * shared_ND)
         return y_ND, routing

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimoe.attention import KVCache
 from minimoe.model import MoETransformer
@@ -22,7 +22,7 @@ def generate(model: MoETransformer, prompt_ids: list[int] | list[list[int]] | Te
     Temperature 0 takes the likeliest token. A sequence that writes one of `stop_ids` ends there, without it. Past
     `max_seq_len` the newest half of the text is kept. Raises ConfigError for an empty prompt or impossible options.
 
-    >>> from minimoe import ModelConfig
+    >>> from minimoe.config import ModelConfig
     >>> cfg = ModelConfig(vocab_size=9, dim=8, n_layers=1, n_heads=2, n_experts=2, top_k=1, expert_hidden=8)
     >>> len(generate(MoETransformer(cfg), [1, 2], max_new_tokens=3)), len(generate(MoETransformer(cfg), [[1], [2, 3]], 3))
     (3, 2)
@@ -96,6 +96,24 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None
         beyond_BV = probs_BV.cumsum(-1) - probs_BV >= top_p          # what comes before already holds top_p
         logits_BV = logits_BV.masked_fill(beyond_BV.gather(1, ids_BV.argsort(-1)), -torch.inf)
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+@torch.no_grad()
+def lay_out_for_decoding(model: MoETransformer) -> MoETransformer:
+    """Stores the matrices of `nn.Linear` transposed in memory, in place; names, shapes and values stay.
+
+    Writing one token multiplies a vector with every matrix, which is bound by reading them, and a CPU reads the transposed
+    order about twice as fast (LOG.md). `load` does it; training does not, where it would change the rounding.
+
+    >>> from minimoe.config import ModelConfig
+    >>> cfg = ModelConfig(vocab_size=9, dim=8, n_layers=1, n_heads=2, n_experts=1)
+    >>> lay_out_for_decoding(MoETransformer(cfg)).head.weight.stride()
+    (1, 9)
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
+    return model
 
 
 def _prefill(model: MoETransformer, rows: list[list[int]], limit: int,

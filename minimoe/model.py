@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minimoe import balance
 from minimoe.attention import Attention, KVCache
 from minimoe.config import ModelConfig
-from minimoe.experts import FeedForward, MoE
-from minimoe.norm import RMSNorm
+from minimoe.experts import Experts, FeedForward, MoE
+from minimoe.norm import NORMS
 from minimoe.rope import rope_table
 from minimoe.router import Routing
 from minimoe.settings import ConfigError
@@ -23,8 +25,9 @@ from minimoe.settings import ConfigError
 
 @dataclass
 class Output:
-    """`logits` (B, T, V); `loss` a scalar, or None without targets; `losses` its raw parts by name: "ce", and for a
-    sparse model "aux" and "z" (means over the MoE layers); `routing` one per MoE layer, lowest first."""
+    """`logits` (B, T, V); `loss` a scalar, or None without targets; `losses` its raw parts by name: "ce", where used
+    "aux", "simbal" and "z" (means over the MoE layers) and "mtp" (mean over the extra heads); `routing` one per MoE
+    layer, lowest first."""
 
     logits: Tensor
     loss: Tensor | None
@@ -38,27 +41,35 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attention_norm = NORMS[cfg.norm](cfg.dim, cfg.norm_eps)
         self.attention = Attention(cfg)
-        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.ffn = MoE(cfg) if layer in cfg.moe_layers else FeedForward(cfg.dim, cfg.dense_size)
+        self.ffn_norm = NORMS[cfg.norm](cfg.dim, cfg.norm_eps)
+        self.ffn = MoE(cfg) if layer in cfg.moe_layers else FeedForward(cfg, cfg.dense_size)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x_BTD: Tensor, tokens_BT: Tensor, real_BT: Tensor | None, cos: Tensor, sin: Tensor,
-                cache: KVCache | None) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), cos, sin, cache, self.layer))
+    def forward(self, x_BTD: Tensor, tokens_BT: Tensor, real_BT: Tensor | None = None,
+                rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> tuple[Tensor, Routing | None]:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rope, cache, self.layer))
         h_BTD, routing = self.ffn_norm(x_BTD), None
         if not isinstance(self.ffn, MoE):
             y_BTD = self.ffn(h_BTD)
         elif real_BT is None:
-            b, t, d = h_BTD.shape
-            row_N = torch.arange(b, device=h_BTD.device).repeat_interleave(t)
-            y_ND, routing = self.ffn(h_BTD.view(b * t, d), tokens_BT.flatten(), row_N)
-            y_BTD = y_ND.view(b, t, d)
+            y_ND, routing = self.ffn(h_BTD.flatten(0, 1), tokens_BT.flatten(), rows_of(tokens_BT))
+            y_BTD = y_ND.view_as(h_BTD)
         else:                                   # padding is not routed and not counted
-            y_ND, routing = self.ffn(h_BTD[real_BT], tokens_BT[real_BT], real_BT.nonzero()[:, 0])
+            y_ND, routing = self.ffn(h_BTD[real_BT], tokens_BT[real_BT], rows_of(tokens_BT, real_BT))
             y_BTD = torch.zeros_like(h_BTD).masked_scatter(real_BT[..., None], y_ND)
         return x_BTD + self.dropout(y_BTD), routing
+
+
+def rows_of(tokens_BT: Tensor, real_BT: Tensor | None = None) -> Tensor:
+    """(N,) the row of the batch that each real token stands in.
+
+    >>> rows_of(torch.zeros(2, 2), torch.tensor([[True, False], [True, True]])).tolist()
+    [0, 1, 1]
+    """
+    row_BT = torch.arange(len(tokens_BT), device=tokens_BT.device)[:, None].expand(tokens_BT.shape)
+    return row_BT.flatten() if real_BT is None else row_BT[real_BT]
 
 
 class MoETransformer(nn.Module):
@@ -74,17 +85,25 @@ class MoETransformer(nn.Module):
         super().__init__()
         if cfg.vocab_size is None:
             raise ConfigError("vocab_size is null: give the tokenizer's vocab_size before building the model")
-        self.cfg = cfg
+        self.cfg, self.recompute_blocks = cfg, False
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.positions = nn.Embedding(cfg.max_seq_len, cfg.dim) if cfg.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
-        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        if cfg.share_router and cfg.moe_layers:
+            first, *others = (self.blocks[i].ffn.router for i in cfg.moe_layers)
+            for router in others:
+                for name, weight in first.named_parameters():
+                    setattr(router, name, weight)
+        self.extra_heads = nn.ModuleList(Block(cfg, cfg.n_layers + i) for i in range(cfg.n_predict - 1))
+        self.norm = NORMS[cfg.norm](cfg.dim, cfg.norm_eps)
         self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.dropout = nn.Dropout(cfg.dropout)
-        cos, sin = rope_table(cfg.max_seq_len, cfg.head_size, cfg.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        if cfg.positions == "rope":
+            cos, sin = rope_table(cfg.max_seq_len, cfg.head_size, cfg.rope_base, cfg.rope_scaling, cfg.rope_factor)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -108,16 +127,21 @@ class MoETransformer(nn.Module):
         starts = cache.lengths if cache is not None else [0] * b
         self._check(tokens_BT, max(starts) + t, cache)
         if min(starts) == max(starts):
-            cos, sin = (table[starts[0]:starts[0] + t] for table in (self.cos, self.sin))
+            at = slice(starts[0], starts[0] + t)
         else:
-            at_BT = torch.tensor(starts, device=tokens_BT.device)[:, None] + torch.arange(t, device=tokens_BT.device)
-            cos, sin = (table[at_BT][:, None] for table in (self.cos, self.sin))
+            at = torch.tensor(starts, device=tokens_BT.device)[:, None] + torch.arange(t, device=tokens_BT.device)
         real_BT = None
         if lengths is not None and min(lengths) < t:
             real_BT = torch.arange(t, device=tokens_BT.device) < torch.tensor(lengths, device=tokens_BT.device)[:, None]
-        x_BTD, routing = self.dropout(self.embedding(tokens_BT)), []
+        x_BTD, rope = self.embedding(tokens_BT), None
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions.weight[at]
+        else:
+            rope = tuple(table[at] if isinstance(at, slice) else table[at][:, None] for table in (self.cos, self.sin))
+        x_BTD, routing = self.dropout(x_BTD), []
         for block in self.blocks:
-            x_BTD, layer_routing = block(x_BTD, tokens_BT, real_BT, cos, sin, cache)
+            run = partial(checkpoint, block, use_reentrant=False) if self.recompute_blocks and self.training else block
+            x_BTD, layer_routing = run(x_BTD, tokens_BT, real_BT, rope, cache)
             if layer_routing is not None:
                 routing.append(layer_routing)
         if cache is not None:
@@ -125,24 +149,46 @@ class MoETransformer(nn.Module):
         logits_BTV = self.head(self.norm(x_BTD))
         loss, losses = None, {}
         if targets_BT is not None:
-            ce = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100)
-            losses = {"ce": ce, **self.routing_losses(routing, real_BT, b, t)}
-            loss = ce + self.cfg.aux_coef * losses.get("aux", 0.0) + self.cfg.z_coef * losses.get("z", 0.0)
+            losses = {"ce": cross_entropy(logits_BTV, targets_BT)}
+            losses |= self.routing_losses(routing, None if real_BT is None and self.cfg.aux_scope == "batch"
+                                          else rows_of(tokens_BT, real_BT))
+            if self.extra_heads:                # head i predicts i + 2 tokens ahead: the targets moved on by i + 1
+                later = [self.head(self.norm(head(x_BTD, tokens_BT, real_BT, rope)[0])) for head in self.extra_heads]
+                losses["mtp"] = torch.stack([cross_entropy(logits[:, :t - i], targets_BT[:, i:])
+                                             for i, logits in enumerate(later, 1)]).mean()
+            loss = sum(self.coefficient(name) * value for name, value in losses.items())
         return Output(logits_BTV, loss, losses, routing)
 
-    def routing_losses(self, routing: list[Routing], real_BT: Tensor | None, b: int, t: int) -> dict[str, Tensor]:
+    def coefficient(self, name: str) -> float:
+        """The weight of a loss in the sum that is trained on; cross-entropy has 1."""
+        cfg = self.cfg
+        return {"ce": 1.0, "aux": cfg.aux_coef, "simbal": cfg.aux_coef, "z": cfg.z_coef, "mtp": cfg.mtp_coef}[name]
+
+    def routing_losses(self, routing: list[Routing], row_N: Tensor | None) -> dict[str, Tensor]:
         """The raw balancing losses that the config asks for, each the mean over the MoE layers."""
-        losses = {}
-        if routing and self.cfg.balance == "aux":
-            row_N = None
-            if self.cfg.aux_scope == "sequence":
-                device = routing[0].probs.device
-                row_N = (torch.arange(b, device=device).repeat_interleave(t) if real_BT is None
-                         else real_BT.nonzero()[:, 0])
+        cfg, losses = self.cfg, {}
+        if not routing:
+            return losses
+        if cfg.balance == "aux":
+            row_N = row_N if cfg.aux_scope == "sequence" else None
             losses["aux"] = torch.stack([balance.aux_loss(r, row_N) for r in routing]).mean()
-        if routing and (self.cfg.z_coef or self.cfg.balance == "aux"):
+        if cfg.balance == "simbal":
+            routers = [self.blocks[i].ffn.router.weight for i in cfg.moe_layers]
+            losses["simbal"] = torch.stack([balance.simbal_loss(w) for w in routers]).mean()
+        if cfg.z_coef or cfg.balance == "aux":
             losses["z"] = torch.stack([balance.z_loss(r) for r in routing]).mean()
         return losses
+
+    def recompute(self, what: str) -> None:
+        """What the backward pass computes again instead of keeping: "none", the hidden values of the "experts", or whole
+        "blocks". Memory for time; the numbers stay the same (Chen et al. 2016, "Training deep nets with sublinear memory
+        cost", section 4)."""
+        if what not in ("none", "experts", "blocks"):
+            raise ValueError(f"recompute={what!r}: none, experts or blocks")
+        self.recompute_blocks = what == "blocks"
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.recompute = what == "experts"
 
     def _check(self, tokens_BT: Tensor, end: int, cache: KVCache | None) -> None:
         if end > self.cfg.max_seq_len:
@@ -155,3 +201,9 @@ class MoETransformer(nn.Module):
                 tokens_BT.max()) < self.cfg.vocab_size:
             raise ValueError(f"token ids must be in 0 ... {self.cfg.vocab_size - 1} (vocab_size), "
                              f"found {int(tokens_BT.min())} ... {int(tokens_BT.max())}: was another tokenizer used?")
+
+
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean over the targets that are not -100, in float32; 0 where there are none."""
+    total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100, reduction="sum")
+    return total / (targets_BT != -100).sum().clamp_min(1)

@@ -3,6 +3,7 @@
 Shapes: ... any leading sizes, D features.
 """
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -24,3 +25,26 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         return (x32 * torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Takes the mean away too, then divides by the standard deviation and scales; no bias.
+
+    y = (x - mean(x)) / sqrt(var(x) + eps) * weight, in float32 (Ba et al. 2016, eq. 3). Input and output (..., D), same
+    dtype.
+
+    >>> LayerNorm(2)(torch.tensor([3.0, 5.0])).tolist()
+    [-0.999..., 0.999...]
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), eps=self.eps).to(x.dtype)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "none": lambda dim, eps: nn.Identity()}
+"""By the name that the config gives."""

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimoe.config import ModelConfig
@@ -167,15 +168,18 @@ def _starts(row_N: Tensor) -> Tensor:
 class Router(nn.Module):
     """One linear map from a token to a score per expert, and the rule that the config names.
 
-    `forward(x_ND, token_ids_N, row_N)` gives a `Routing`. Noise and capacity act in training only. `bias_E` is the
+    `forward(x_ND, token_ids_N, row_N)` gives a `Routing`. Noise and capacity act in training only. Learned noise has a
+    standard deviation per token and expert, softplus(noise_weight x) (Shazeer et al. 2017, eq. 4). `bias_E` is the
     selection bias: not a parameter, moved by `balance.update_bias`, zero unless `balance="bias"`.
     """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        if cfg.router in ("softmax", "sigmoid", "expert_choice"):
+        if cfg.has_router:
             self.weight = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim))
+        if cfg.router_noise == "learned":
+            self.noise_weight = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim))
         if cfg.balance == "bias":
             self.register_buffer("bias_E", torch.zeros(cfg.n_experts))
 
@@ -188,9 +192,9 @@ class Router(nn.Module):
         else:
             with torch.autocast(x_ND.device.type, enabled=False):
                 logits_NE = x_ND.float() @ self.weight.float().T
+                noise_NE = self._noise(x_ND.float()) if self.training and cfg.router_noise else None
             if cfg.router == "expert_choice":
                 return expert_choice(logits_NE, self._places(row_N), row_N)
-            noise_NE = torch.randn_like(logits_NE) * cfg.router_noise if self.training and cfg.router_noise else None
             if cfg.router == "sigmoid" or cfg.balance == "bias":
                 noisy_NE = logits_NE if noise_NE is None else logits_NE + noise_NE
                 routing = sigmoid_topk(noisy_NE, cfg.top_k, getattr(self, "bias_E", None), cfg.norm_topk, cfg.router)
@@ -200,6 +204,12 @@ class Router(nn.Module):
         if cfg.capacity_factor and self.training:
             routing = within_capacity(routing, self._places(row_N), row_N)
         return routing
+
+    def _noise(self, x_ND: Tensor) -> Tensor:
+        std = self.cfg.router_noise
+        if std == "learned":
+            std = F.softplus(x_ND @ self.noise_weight.float().T)
+        return torch.randn(len(x_ND), self.cfg.n_experts, device=x_ND.device) * std
 
     def _places(self, row_N: Tensor) -> Tensor:
         """(N,) the capacity of each token's own row: `capacity` in float64, where it is exact."""

@@ -24,6 +24,7 @@ from minimoe.data.loader import TextData, join, load_data
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.device import choose, tune_cpu
 from minimoe.experts import MoE
+from minimoe.generate import lay_out_for_decoding
 from minimoe.model import MoETransformer
 from minimoe.settings import ConfigError
 
@@ -52,6 +53,8 @@ class Trainer:
             raise ConfigError(f"seq_len={self.seq_len} is more than max_seq_len={model.cfg.max_seq_len}")
         self.config = Config(model=model.cfg, train=train, data=data_cfg, generate=generate or GenerateConfig())
         self.model = model.to(self.choice.device)
+        self.model.recompute(train.recompute)
+        self.forward = torch.compile(self.model) if train.compile else self.model
         self.optimizer = make_optimizer(self.model, train)
         corpora = self.data.corpora if isinstance(self.data, TextData) else ()
         self.held_out = {c.name: (join(c.held_out, self.tokenizer), sum(len(d.text.encode()) for d in c.held_out))
@@ -80,12 +83,13 @@ class Trainer:
                     self._keep_best(row["val_ce"])
                 self._log(row)
                 bar.set_postfix_str(f"loss {row['ce']:.3f}" + (f" held-out {row['val_bpb']:.3f} bpb" if "val_bpb" in row
-                                                               else "") + f", {row['tokens'] / row['seconds']:,.0f} tokens/s")
+                                                               else "") + f", {row['tokens'] / row['seconds']:,.0f} tokens/s"
+                                    + (f", {len(row['alerts'])} alerts: {row['alerts'][0]}" if "alerts" in row else ""))
             bar.update()
         bar.close()
         if self.out and not self.held_out:
             save_weights(self.out / "model.safetensors", self.model)
-        return Run(self.model.eval(), self.tokenizer, self.config, self.out)
+        return Run(lay_out_for_decoding(self.model.eval()), self.tokenizer, self.config, self.out)
 
     def train_step(self) -> tuple[dict[str, float], list[dict]]:
         """One update; returns the raw losses and the routing statistics of each MoE layer."""
@@ -98,9 +102,12 @@ class Trainer:
         if n_targets == 0:
             raise ConfigError(f"step {self.step}: no target in the whole batch (all are -100): check the dataset")
         total: dict[str, float] = {}
+        routers = [m.router for m in model.modules() if isinstance(m, MoE)]
+        counts = [0.0] * len(routers)
         for inputs_BT, targets_BT in micro:
             with self.choice.autocast():
-                out = model(inputs_BT, targets_BT)
+                out = self.forward(inputs_BT, targets_BT)
+            counts = [c + balance.load_counts(r) for c, r in zip(counts, out.routing)]
             # ce is a mean over this batch's targets: weigh it by their number; balancing losses by the batches
             share = int((targets_BT != -100).sum()) / n_targets
             extra = out.loss - out.losses["ce"]
@@ -108,18 +115,18 @@ class Trainer:
             for name, value in out.losses.items():
                 weight = share if name == "ce" else 1 / cfg.accumulate
                 total[name] = total.get(name, 0.0) + value.item() * weight
+        statistics = [balance.statistics(*pair) for pair in zip(out.routing, routers)]       # gradients not yet clipped
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         if not math.isfinite(norm.item()):
             raise FloatingPointError(f"step {self.step}: the gradient is not finite (loss {total['ce']:.3f}); "
                                      "lower lr, or use dtype: float32")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        moe_layers = [m for m in model.modules() if isinstance(m, MoE)]
-        for layer, routing in zip(moe_layers, out.routing):
-            if model.cfg.balance == "bias":
-                balance.update_bias(layer.router.bias_E, balance.load_counts(routing), model.cfg.bias_speed)
+        if model.cfg.balance == "bias":
+            for router, counts_E in zip(routers, counts):
+                balance.update_bias(router.bias_E, counts_E, model.cfg.bias_speed)
         self.step += 1
-        return total | {"grad_norm": norm.item()}, [balance.statistics(r) for r in out.routing]
+        return total | {"grad_norm": norm.item()}, statistics
 
     def evaluate(self) -> dict[str, object]:
         """Cross-entropy per token and bits per byte of the whole held-out text, and bits per byte of each corpus; each
@@ -149,7 +156,9 @@ class Trainer:
         row = {"step": self.step, "tokens": self.step * self.cfg.batch_size * self.cfg.accumulate * self.seq_len,
                "seconds": round(self.seconds, 3), "lr": self.optimizer.param_groups[0]["lr"]}
         row |= {name: round(sum(s[name] for s in since) / len(since), 5) for name in since[0]}
-        return row | ({"routing": routing_stats} if routing_stats else {})
+        row |= {"routing": routing_stats} if routing_stats else {}
+        found = balance.alerts([*self.rows, row])
+        return row | ({"alerts": found} if found else {})
 
     def _keep_best(self, val_ce: float) -> None:
         if val_ce < self.best:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minimoe.config import ModelConfig
-from minimoe.experts import Experts, MoE, cannot_group, sort_by_expert
+from minimoe.experts import Experts, cannot_group, sort_by_expert
 from minimoe.router import expert_choice, hash_routing, sigmoid_topk, softmax_topk, within_capacity
 from tests import reference
 
@@ -87,17 +87,6 @@ def test_rounding_rows_up_changes_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = layer(x, routing)
     assert torch.allclose(got, build("loop")(x, routing), atol=0.05, rtol=0.05)
-
-
-def test_shared_experts_stand_outside_the_router():
-    cfg = ModelConfig(dim=16, n_heads=2, n_experts=4, top_k=2, expert_hidden=8, n_shared_experts=1)
-    layer = MoE(cfg)
-    for p in layer.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    x, ids, rows = torch.randn(6, 16), torch.zeros(6, dtype=torch.long), torch.zeros(6, dtype=torch.long)
-    y, routing = layer(x, ids, rows)
-    assert routing.probs.shape == (6, 4)
-    assert torch.allclose(y - layer.experts(x, routing), layer.shared(x), atol=1e-6)
 
 
 def test_no_tokens_at_all():

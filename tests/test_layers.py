@@ -15,7 +15,7 @@ PACKAGE = ROOT / "minimoe"
 
 # from the bottom up; a room may import any room below it, and its own level without cycles
 LEVELS = [
-    {"settings", "config", "device", "norm", "rope"},
+    {"settings", "counts", "model_config", "config", "device", "norm", "rope"},
     {"attention", "router"},
     {"balance", "experts"},
     {"model"},

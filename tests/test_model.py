@@ -1,11 +1,14 @@
 """Causality, cache = no cache, padding, counts, and what a bad call says."""
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from minimoe import counts
 from minimoe.attention import KVCache
-from minimoe.config import ModelConfig
+from minimoe.config import ModelConfig, load_config
 from minimoe.model import MoETransformer
 from minimoe.settings import ConfigError
 
@@ -20,6 +23,14 @@ CONFIGS = {
     "sigmoid with bias, first dense": dataclasses.replace(BASE, router="sigmoid", balance="bias", n_dense_first=1),
     "hash": dataclasses.replace(BASE, router="hash", balance="none"),
     "wide heads": dataclasses.replace(BASE, head_dim=10),
+    "learned positions, layer norm, gelu": dataclasses.replace(BASE, positions="learned", norm="layer", activation="gelu",
+                                                               head_dim=7, qk_norm="none"),
+    "linear scaling, biases": dataclasses.replace(BASE, rope_scaling="linear", rope_factor=2.0, qkv_bias=True),
+    "ntk scaling, full norm": dataclasses.replace(BASE, rope_scaling="ntk", rope_factor=3.0, qk_norm="full"),
+    "geglu, no norm": dataclasses.replace(BASE, activation="geglu", norm="none", init_std=0.1),
+    "one router, learned noise, simbal": dataclasses.replace(BASE, share_router=True, router_noise="learned", balance="simbal"),
+    "gated shared experts": dataclasses.replace(BASE, n_shared_experts=2, shared_hidden=12, shared_gate=True, moe_every=2),
+    "two tokens ahead, untied": dataclasses.replace(BASE, n_predict=3, tie_embeddings=False, positions="learned"),
 }
 
 
@@ -90,16 +101,66 @@ def test_mixed_lengths_equal_each_alone(name):
         assert torch.allclose(torch.cat([m[b] for m in more]), alone[n:], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+COUNTED = CONFIGS | {
+    "Switch": dataclasses.replace(BASE, top_k=1, norm_topk=False, capacity_factor=1.25, moe_every=2, activation="gelu"),
+    "expert choice": dataclasses.replace(BASE, router="expert_choice", balance="none", top_k=3),
+    "random": dataclasses.replace(BASE, router="random", balance="none"),
+    "everything odd": dataclasses.replace(BASE, dim=21, n_heads=3, n_kv_heads=3, head_dim=6, expert_hidden=13, n_experts=7,
+                                          top_k=3, n_dense_first=2, dense_hidden=19, vocab_size=17, max_seq_len=5),
+} | {path.stem: load_config(path).model for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
+
+
+@pytest.mark.parametrize("name", COUNTED)
 def test_counts_equal_the_built_model(name):
-    cfg = CONFIGS[name]
-    model = MoETransformer(cfg)
-    assert cfg.num_params() == sum(p.numel() for p in model.parameters())
+    cfg = COUNTED[name] if COUNTED[name].vocab_size else dataclasses.replace(COUNTED[name], vocab_size=500)
+    with torch.device("meta"):                  # the published sizes need no memory to be counted
+        model = MoETransformer(cfg)
+    by_part = counts.params_by_part(cfg)
+    assert cfg.num_params() == sum(p.numel() for p in model.parameters()) == sum(by_part.values())
+    held = {part: 0 for part in by_part}
+    names = {".experts.": "experts", "router.": "router", ".shared": "shared", "attention.": "attention", "norm": "norms",
+             ".ffn.": "dense", "head.": "head", "positions": "positions", "embedding": "embedding"}
+    for parameter, p in model.named_parameters():
+        held[next(part for piece, part in names.items() if piece in parameter)] += p.numel()
+    assert held == by_part
     unused = sum(p.numel() * (cfg.n_experts - cfg.top_k) // cfg.n_experts
                  for n, p in model.named_parameters() if ".experts." in n)
     assert cfg.active_params() == cfg.num_params() - unused
-    cache = KVCache(cfg, 1)
+    cache = KVCache(cfg, 1, device="meta")
     assert cfg.kv_bytes_per_token() * cfg.max_seq_len == sum(t.numel() * 4 for t in (cache.k_LBGSC, cache.v_LBGSC))
+
+
+def causal_attention(q, k, v, is_causal=False, attn_mask=None, enable_gqa=False):
+    """Plain products over the keys that each query sees, so that a counter sees every one of them and no others."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    rows = []
+    for t in range(q.shape[2]):
+        scores = q[:, :, t:t + 1] @ k[:, :, :t + 1].transpose(-1, -2) / q.shape[-1] ** 0.5
+        rows.append(scores.softmax(-1) @ v[:, :, :t + 1])
+    return torch.cat(rows, 2)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_flops_equal_those_counted_on_the_built_model(name, monkeypatch):
+    cfg = COUNTED[name] if COUNTED[name].vocab_size else dataclasses.replace(COUNTED[name], vocab_size=500)
+    if cfg.num_params() > 30e6:                 # the same model, narrower: counting runs it
+        cfg = dataclasses.replace(cfg, dim=cfg.n_heads * 8, head_dim=8, expert_hidden=24, vocab_size=99, dense_hidden=32)
+    cfg = dataclasses.replace(cfg, dispatch="loop", max_seq_len=min(cfg.max_seq_len, 16))
+    model, tokens = MoETransformer(cfg).eval(), torch.randint(0, cfg.vocab_size, (2, cfg.max_seq_len))
+    torch.manual_seed(0)
+    want = model(tokens).logits
+    torch.manual_seed(0)                        # the random router throws the same dice
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", causal_attention)
+    with FlopCounterMode(display=False) as counter:
+        got = model(tokens).logits
+    assert torch.allclose(got, want, atol=1e-4)
+    places = cfg.flops_per_token()
+    if cfg.router == "expert_choice":           # rounds its places up
+        per_choice = 2 * cfg.dim * cfg.expert_hidden * (3 if cfg.gated else 2)
+        taken = sum(int(r.kept.sum()) for r in model(tokens).routing) - len(cfg.moe_layers) * tokens.numel() * cfg.top_k
+        assert counter.get_total_flops() == places * tokens.numel() + taken * per_choice
+    else:
+        assert counter.get_total_flops() == places * tokens.numel()
 
 
 @pytest.mark.parametrize("equal", ["active", "total"])
@@ -142,3 +203,86 @@ def test_bad_calls_say_what_to_do():
     choosy = MoETransformer(dataclasses.replace(BASE, router="expert_choice", balance="none"))
     with pytest.raises(ValueError, match="later"):
         choosy(tokens, cache=KVCache(BASE, 3))
+
+
+def test_the_extra_heads_predict_further_ahead_and_change_nothing_else():
+    cfg = dataclasses.replace(BASE, n_predict=3, mtp_coef=0.5, aux_coef=0.0)
+    model, tokens = model_and_tokens(cfg)
+    targets = tokens.roll(-1, 1)
+    targets[0, 4:] = -100
+    out = model(tokens, targets)
+    twin = MoETransformer(dataclasses.replace(cfg, n_predict=1)).eval()
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if "extra_heads" not in k})
+    assert torch.equal(twin(tokens).logits, out.logits)
+    assert torch.allclose(out.loss, out.losses["ce"] + 0.5 * out.losses["mtp"])
+    hidden = []
+    model.norm.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    again = model(tokens, targets)
+    by_hand = []
+    for i, h in enumerate(hidden[1:], 1):       # head i at position t is asked for what `targets` holds at t + i
+        logits = h @ model.embedding.weight.T
+        pairs = [(logits[b, t], targets[b, t + i]) for b in range(3) for t in range(11 - i) if targets[b, t + i] >= 0]
+        by_hand.append(torch.stack([-z.log_softmax(-1)[y] for z, y in pairs]).mean())
+    assert torch.allclose(again.losses["mtp"], torch.stack(by_hand).mean(), atol=1e-5)
+    out.loss.backward()
+    assert all(p.grad.norm() > 0 for p in model.extra_heads[1].attention.parameters())
+
+
+@pytest.mark.parametrize("what", ["experts", "blocks"])
+def test_recomputing_changes_no_number(what):
+    cfg = dataclasses.replace(BASE, router_noise=0.5, dropout=0.1, capacity_factor=1.0, expert_hidden=96)
+    losses, gradients, kept = [], [], []
+    for mode in ("none", what):
+        model, tokens = model_and_tokens(cfg)
+        model.train().recompute(mode)
+        kept.append(0)
+
+        def count(x):
+            kept[-1] += x.numel()
+            return x
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            loss = model(tokens, tokens).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad for p in model.parameters()])
+    assert losses[0] == losses[1] and all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < 0.8 * kept[0]              # and much less is kept for the backward pass
+    with pytest.raises(ValueError, match="none, experts or blocks"):
+        model.recompute("all")
+
+
+def test_a_compiled_model_gives_the_same_losses_and_gradients():
+    """The graphs that torch.compile captures, run without a compiler of machine code: fast, and it needs none."""
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model, tokens = model_and_tokens(dataclasses.replace(BASE, dispatch="loop"))
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        loss = run(tokens, tokens).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
+
+
+def test_losses_are_means_over_layers_and_rows_may_be_without_targets():
+    cfg = dataclasses.replace(BASE, balance="simbal", aux_coef=0.1, z_coef=0.1)
+    model, tokens = model_and_tokens(cfg)
+    out = model(tokens, torch.full_like(tokens, -100))
+    assert out.losses["ce"] == 0                # no target: nothing to learn, and not nan
+    each = [(b.ffn.router.weight @ b.ffn.router.weight.T - torch.eye(4)).abs().sum() for b in model.blocks]
+    assert torch.allclose(out.losses["simbal"], torch.stack(each).mean())
+    z = [r.logits.logsumexp(-1).square().mean() for r in out.routing]
+    assert torch.allclose(out.losses["z"], torch.stack(z).mean())
+
+
+def test_scaled_positions_reach_further():
+    base = dataclasses.replace(BASE, max_seq_len=8)
+    long = dataclasses.replace(base, max_seq_len=32, rope_scaling="linear", rope_factor=4.0)
+    short, stretched = MoETransformer(base), MoETransformer(long)
+    assert torch.allclose(stretched.cos[::4], short.cos) and torch.allclose(stretched.sin[::4], short.sin)
+    ntk = MoETransformer(dataclasses.replace(long, rope_scaling="ntk"))
+    plain = MoETransformer(dataclasses.replace(long, rope_scaling="none", rope_factor=1.0))
+    assert torch.allclose(ntk.cos[:, 0], plain.cos[:, 0])               # the fastest pair as before,
+    assert torch.allclose(ntk.cos[:, -1], stretched.cos[:, -1], atol=1e-5)      # the slowest as in linear

@@ -106,6 +106,49 @@ def test_run_folder_and_back(data, tmp_path):
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.endswith(".part")]
 
 
+def test_stop_texts_end_the_writing_and_streaming_never_shows_a_part_of_one(data):
+    run, options = trainer(data).fit(), {"temperature": 3.0, "seed": 2}
+    free = run.generate("1 + ", 40, **options)
+    stop = free[9:12]
+    want = free[:free.index(stop)]
+    for given in (stop, (stop, "never written")):
+        assert run.generate("1 + ", 40, stop=given, **options) == want
+        pieces = list(run.stream("1 + ", 40, stop=given, **options))
+        assert "".join(pieces) == want and len(pieces) > 3
+    almost = free[9:11] + "\x00"                # begins like what is written, and is not: held back, then shown
+    assert "".join(run.stream("1 + ", 40, stop=almost, **options)) == free
+    with pytest.raises(ConfigError, match="stop"):
+        run.generate("1 + ", 4, stop="")
+    with pytest.raises(TypeError, match="topk"):
+        run.generate("1 + ", 4, topk=3)
+
+
+def test_layout_for_decoding_changes_no_value(data):
+    run = trainer(data).fit()
+    plain = MoETransformer(run.model.cfg).eval()
+    plain.load_state_dict(run.model.state_dict())
+    tokens = torch.randint(0, 60, (2, 9))
+    assert run.model.blocks[0].attention.q.weight.stride()[0] == 1 != plain.blocks[0].attention.q.weight.stride()[0]
+    assert torch.allclose(run.model(tokens).logits, plain(tokens).logits, atol=1e-5)
+
+
+def test_alerts_stand_in_the_metrics(data):
+    t = trainer(data, model=dataclasses.replace(MODEL, balance="none", top_k=1))    # renormalized: no gradient
+    t.fit()
+    assert any("no gradient" in line for row in t.rows for line in row.get("alerts", ()))
+
+
+def test_the_bias_rule_counts_the_whole_step(data):
+    """Four micro-batches of one row move the selection bias as one batch of four."""
+    model = dataclasses.replace(MODEL, router="sigmoid", balance="bias", bias_speed=0.1)
+    biases = []
+    for batch_size, accumulate in ((4, 1), (1, 4)):
+        t = trainer(data, dataclasses.replace(TRAIN, steps=1, batch_size=batch_size, accumulate=accumulate), model)
+        t.fit()
+        biases.append(torch.stack([b.ffn.router.bias_E for b in t.model.blocks]))
+    assert torch.equal(*biases) and biases[0].abs().max().item() == pytest.approx(0.1)
+
+
 def test_the_weights_kept_are_the_best_on_held_out_text(data, tmp_path):
     t = trainer(data, dataclasses.replace(TRAIN, steps=9, lr=3e-3), out=tmp_path)
     losses = iter([3.0, 2.0, 4.0])
@@ -256,10 +299,10 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
     import ast
     import inspect
 
-    import minimoe.config as module
+    from minimoe import config, model_config
 
     documented = set()
-    for cls in ast.parse(inspect.getsource(module)).body:
+    for cls in ast.parse(inspect.getsource(config) + inspect.getsource(model_config)).body:
         if isinstance(cls, ast.ClassDef):
             for field, text in zip(cls.body, cls.body[1:]):
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
