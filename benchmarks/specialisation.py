@@ -94,7 +94,8 @@ def prepare(s: Settings) -> tuple[TextData, Probe, Probe]:
             apart += [d for d in hashed if d.domain == domain and len(d.text) > 8 * s.window][:max(0, missing)]
             held += [d for d in apart if d.domain == domain][:s.documents]
         rest = [d for d in hashed if d not in apart]
-        train.append(tuple(rest[:np.searchsorted(np.cumsum([len(d.text) for d in rest]), s.characters)]))
+        fits = np.searchsorted(np.cumsum([len(d.text) for d in rest]), s.characters)
+        train.append(tuple(rest[:max(1, fits)]))
     tokenizer = Tokenizer.bpe([d.text for documents in train for d in documents], s.vocab)
     streams = tuple(Stream(name, join(documents, tokenizer)) for name, documents in zip(s.corpora, train))
     data = TextData(Mixture(streams, (1.0,) * len(streams)), (), tokenizer)     # no corpora: no evaluation while training
@@ -125,9 +126,9 @@ def train(data: TextData, s: Settings, seed: int) -> tuple[MoETransformer, Train
 def probe(documents: Sequence[Document], tokenizer: Tokenizer, pieces: int, window: int) -> Probe:
     """About `pieces` windows of each domain, shared out evenly among its documents and spread evenly within each."""
     domains = tuple(sorted({d.domain for d in documents}))
-    rows, domain, document = [], [], []
+    in_domain, rows, domain, document = Counter(d.domain for d in documents), [], [], []
     for number, doc in enumerate(documents):
-        each = -(-pieces // sum(d.domain == doc.domain for d in documents))
+        each = -(-pieces // in_domain[doc.domain])
         ids = tokenizer.encode(doc.text)
         n = min(each, len(ids) // window)
         for start in np.linspace(0, len(ids) - window, n).astype(int) if n else ():

@@ -73,11 +73,11 @@ class Experts(nn.Module):
         round_to = 64 if grouped and x_ND.device.type == "cpu" and dtype == torch.bfloat16 else 1
         token_P, weight_P, counts_E = sort_by_expert(routing, w13_EDF.shape[0], round_to)
         run = grouped_experts if grouped else loop_experts
-        compute = lambda x_ND, weight_P, *w: run(x_ND[token_P], weight_P, counts_E, *w, self.activation)
+        compute = lambda x_ND, weight_P, *w: run(x_ND.index_select(0, token_P), weight_P, counts_E, *w, self.activation)
         if self.recompute and torch.is_grad_enabled():
             compute = partial(checkpoint, compute, use_reentrant=False)
         y_PD = compute(x_ND.to(dtype), weight_P.to(dtype), w13_EDF, w2_EHD)
-        return torch.zeros_like(x_ND).index_add(0, token_P, y_PD.to(x_ND.dtype))
+        return torch.zeros_like(x_ND).index_add_(0, token_P, y_PD.to(x_ND.dtype))
 
 
 def sort_by_expert(routing: Routing, n_experts: int, round_to: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -111,7 +111,8 @@ def run_check(exercise: str, fn: Callable, properties: Iterable[Property], seed:
             if wrong and wrong.mistake is None and diagnose and not known:
                 known.append(_diagnosed(diagnose, learner, _rng(exercise, "diagnose", seed)))
             mistake = wrong and (wrong.mistake or (known and known[0]) or p.fallback or wrong.last_resort)
-            results.append(Result(p.name, p.points, wrong, mistake))
+            judged = not wrong or wrong.mistake is not None or all(r.fault is None for r in results)
+            results.append(Result(p.name, p.points, wrong, mistake, judged))
     report = Report(exercise, tuple(results))
     print(report)
     if not report.passed:

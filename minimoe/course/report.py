@@ -30,12 +30,16 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """How one property came out; `fault` is None when it holds, and then `mistake` is None too."""
+    """How one property came out; `fault` is None when it holds, and then `mistake` is None too.
+
+    It is not `judged` where it fails after another one without a mistake of its own: the earlier fault may be the cause.
+    """
 
     name: str
     points: int
     fault: Wrong | None = None
     mistake: Mistake | None = None
+    judged: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.exercise}: {self.points} of {self.out_of} points, {'passed' if self.passed else 'not yet'}"]
         for r in self.results:
-            lines.append(f"  {'no' if r.fault else 'ok':<3} {0 if r.fault else r.points}/{r.points}  {r.name}")
+            mark = "ok" if r.fault is None else "no" if r.judged else "--"
+            lines.append(f"  {mark:<3} {0 if r.fault else r.points}/{r.points}  {r.name}")
+        if not all(r.judged for r in self.results):
+            lines.append("  (-- cannot be judged before the fault below is mended)")
         return "\n".join([*lines, self.message]).rstrip()
 
     def __repr__(self) -> str:
@@ -88,8 +95,8 @@ class CheckFailed(AssertionError):
     """The learner's object does not do what the exercise asks; `report` says what and where."""
 
     def __init__(self, report: Report):
-        super().__init__(str(report))
+        super().__init__(f"{report.exercise}, {report.points} of {report.out_of} points")   # `run_check` prints the rest
         self.report = report
 
     def _render_traceback_(self) -> list[str]:
-        return [f"CheckFailed: {self.report.exercise}, {self.report.points} of {self.report.out_of} points"]
+        return [f"CheckFailed: {self}"]

@@ -98,7 +98,7 @@ def plotly_template() -> dict:
             "colorway": list(PALETTE),
             "colorscale": {"sequential": "Cividis"},
             "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
-            "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
+            "margin": {"l": 60, "r": 20, "t": 70, "b": 50},
             "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
             "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GRAY, "activecolor": "#0072b2"},
             "hovermode": "closest", "xaxis": axis, "yaxis": axis,

@@ -67,6 +67,11 @@ def softmax_of_the_softmax(logits_NE, k, normalize):
     return spread(w, normalize), x
 
 
+def softmax_to_renormalize(logits_NE, k, normalize):
+    w, x = logits_NE.float().softmax(-1).topk(k)
+    return w.softmax(-1) if normalize else w, x
+
+
 def divided_by_root_e(logits_NE, k, normalize):
     w, x = (logits_NE.float() / logits_NE.shape[1] ** 0.5).softmax(-1).topk(k)
     return spread(w, normalize), x
@@ -308,6 +313,28 @@ def everyone(experts_NK, row_N, n_experts, capacity):
     return torch.ones_like(experts_NK, dtype=torch.bool)
 
 
+def keys_of_tensors(experts_NK, row_N, n_experts, capacity):
+    """Tensors are told apart by identity: no key is found again."""
+    taken, kept = {}, torch.zeros(experts_NK.shape, dtype=torch.bool)
+    for n, row in enumerate(row_N):
+        for j, expert in enumerate(experts_NK[n]):
+            if taken.get((row, expert), 0) < capacity:
+                kept[n, j] = True
+                taken[row, expert] = taken.get((row, expert), 0) + 1
+    return kept
+
+
+def counts_by_tensor(experts_NK, row_N, n_experts, capacity):
+    """A table of counts for each sequence, but the expert is a tensor; counts first and compares then."""
+    counts, kept = {row: {} for row in row_N.tolist()}, torch.zeros(experts_NK.shape, dtype=torch.bool)
+    for n, row in enumerate(row_N.tolist()):
+        for j in range(experts_NK.shape[1]):
+            expert = experts_NK[n, j]
+            counts[row][expert] = counts[row].get(expert, 0) + 1
+            kept[n, j] = counts[row][expert] <= capacity
+    return kept
+
+
 def numbers(experts_NK, row_N, n_experts, capacity):
     return keep(experts_NK, row_N, capacity).long()
 
@@ -544,6 +571,7 @@ WRONG = {
         (normalized_by_the_grand_total, "normalized over all tokens"),
         (logits_as_weights, "raw logits as weights"), (log_softmax_as_weights, "log-probabilities as weights"),
         (sigmoid_instead, "sigmoid for softmax"), (softmax_of_the_softmax, "softmax twice"),
+        (softmax_to_renormalize, "softmax to renormalize"),
         (divided_by_root_e, "scaled like attention"), (others_set_to_zero, "zero for the others"),
         (one_over_k, "equal weights"), (ascending, "the least probable"), (smallest_last, "right experts, wrong order"),
         (in_order_of_number, "right experts, wrong order"), (by_absolute_value, "top-k of the absolute value"),
@@ -579,7 +607,8 @@ WRONG = {
         (one_too_many, "one place too many"), (one_too_few, "one place too few"),
         (places_of_the_sequence, "places shared by all experts"), (whole_token_out, "the whole token dropped"),
         (whole_token_in, "the whole token kept"), (crowded_out, "a crowded expert loses everyone"),
-        (dropped, "dropped instead of kept"), (everyone, "nothing dropped"), (numbers, "not booleans"),
+        (dropped, "dropped instead of kept"), (everyone, "nothing dropped"),
+        (keys_of_tensors, "tensors as keys"), (counts_by_tensor, "tensors as keys"), (numbers, "not booleans"),
         (equal_lengths, "sequences of equal length"), (by_lot, "dropped by chance"),
         (marks_the_dropped, "changes its input"),
     ],

@@ -21,7 +21,9 @@ from minimoe.course.checking import (
 LENGTHS = (5, 11, 3)        # of the sequences of a batch: different, and prime
 Choices = list[list[int]]
 BY_CHANCE = Mistake("dropped by chance", "who is dropped is drawn at random: places fill in the order of the tokens.")
-
+TENSOR_KEYS = Mistake("tensors as keys", "the capacity is compared, but no count ever grows past one. Is the key of your "
+                      "dictionary made of tensors? Two tensors are different keys even with one number inside: take "
+                      ".tolist() or .item() first.")
 
 
 def _batch(rng: random.Random, k: int, n_experts: int, lengths=LENGTHS) -> tuple[Choices, list[int]]:
@@ -169,6 +171,10 @@ def _diagnose(fn: Learner, rng: random.Random) -> Mistake | None:
     seen = [_kept(fn, x, r, 5, c) for x, r, c in questions]
     if seen != [_kept(fn, x, r, 5, c) for x, r, c in questions]:
         return BY_CHANCE
+    if all(all(map(all, s)) for s in seen):         # all kept; does it at least ask whether there is any place?
+        x, r, _ = questions[0]
+        if not any(map(any, _kept(fn, x, r, 5, 0))):
+            return TENSOR_KEYS
     return first_match((m, lambda f=f: all(s == f(*q) for s, q in zip(seen, questions))) for m, f in _mistakes())
 
 

@@ -193,6 +193,10 @@ def _topk_mistakes():
         total = sum(map(sum, weights))
         return [[w / total for w in ws] for ws in weights] if z else weights, experts
 
+    def renormalized_by_softmax(rows, k, z):
+        weights, experts = _topk(rows, k, False)
+        return [softmax(w) if z else w for w in weights], experts
+
     probs = each(softmax)
     return [
         (Mistake("softmax over the tokens", "the softmax runs over the tokens (dim=0): it is each token's row of E "
@@ -216,6 +220,9 @@ def _topk_mistakes():
                  "so it is a softmax over all of them."), scored(each(lambda r: list(map(sigmoid, r))))),
         (Mistake("softmax twice", "the probabilities went through a second softmax, which makes them nearly equal."),
          scored(each(lambda r: softmax(softmax(r))))),
+        (Mistake("softmax to renormalize", "with normalize=True the k probabilities went through a second softmax. It makes "
+                 "them sum to one, and also nearly equal: divide them by their sum, which keeps their ratio."),
+         renormalized_by_softmax),
         (Mistake("scaled like attention", "the logits were divided by the root of the number of experts: that belongs "
                  "to attention, a router takes its logits as they are."),
          scored(each(lambda r: softmax([x / len(r) ** 0.5 for x in r])))),
