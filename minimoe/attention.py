@@ -61,7 +61,11 @@ class Attention(nn.Module):
     """Causal self-attention with rotary positions (Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023).
 
     `forward(x_BTD, rope)` gives (B, T, D); `rope` is (cos, sin) of the T positions, or None to rotate nothing. With a
-    cache the keys and values of earlier calls are used too.
+    cache the keys and values of earlier calls are used too. Raises ValueError where the cache is full.
+
+    >>> attention = Attention(ModelConfig(dim=8, n_layers=1, n_heads=4, n_kv_heads=2))
+    >>> attention(torch.randn(3, 5, 8)).shape, attention.k.weight.shape
+    (torch.Size([3, 5, 8]), torch.Size([4, 8]))
     """
 
     def __init__(self, cfg: ModelConfig):

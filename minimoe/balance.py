@@ -26,7 +26,12 @@ def load_counts(routing: Routing) -> Tensor:
 
 
 def load_shares(routing: Routing) -> Tensor:
-    """(E,): each expert's share of all choices; 1 / E each is perfect balance."""
+    """(E,): each expert's share of all choices; 1 / E each is perfect balance.
+
+    >>> from minimoe.router import softmax_topk
+    >>> load_shares(softmax_topk(torch.eye(2)[[0, 0, 0, 1]], k=1)).tolist()
+    [0.75, 0.25]
+    """
     counts_E = load_counts(routing)
     return counts_E / counts_E.sum().clamp_min(1)
 

@@ -5,6 +5,7 @@ Exit code 0 for success, 2 for what the user can mend (one line says what and ho
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from minimoe.config import Config, Source, load_config
-from minimoe.settings import ConfigError
+from minimoe.settings import ConfigError, need
 
 SAMPLE_PROMPTS = ("The for statement", "An object is")
 PLAIN = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagConversionOff)
@@ -121,12 +122,12 @@ def doctor(argv: list[str]) -> None:
     import torch
 
     from minimoe.device import choose, tune_cpu
-    from minimoe.doctor import parity
+    from minimoe.doctor import dispatch, parity
 
     tune_cpu()
     choice = choose(args.device)
     print(f"minimoe on Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.system()}")
-    print("\n".join(choice.reasons))
+    print("\n".join((*choice.reasons, dispatch(choice))))
     for line in parity(choice):
         print(line)
 
@@ -140,8 +141,11 @@ class InfoArgs:
 
 
 def info(argv: list[str]) -> None:
-    """Print parameters, active parameters, FLOPs and cache bytes of a run or a config."""
+    """Print parameters, active parameters, FLOPs and cache bytes of a run or a config, part by part, and all shapes."""
     args = _parse(InfoArgs, argv, "info")
+    from minimoe import counts
+    from minimoe.model import shape_table
+
     path = Path(args.what)
     if path.suffix in (".yaml", ".yml"):
         config = load_config(path)
@@ -157,10 +161,74 @@ def info(argv: list[str]) -> None:
           f"{m.flops_per_token():>14,} forward FLOPs per token, at {m.max_seq_len} tokens\n"
           f"{m.kv_bytes_per_token():>14,} bytes of key/value cache per token (float32)\n"
           f"{m.n_layers} layers, experts in {list(m.moe_layers)}: {m.n_experts} with top-{m.top_k}, {m.router} router")
+    flops = counts.flops_by_part(m, m.max_seq_len)
+    print(f"\n{'part':<12}{'parameters':>14}{'FLOPs per token':>18}")
+    for part in {**counts.params_by_part(m), **flops}:
+        print(f"{part:<12}{counts.params_by_part(m).get(part, 0):>14,}{flops.get(part, 0):>18,}")
+    print("\n" + shape_table(m))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportArgs:
+    """Turns a folder that transformers wrote into a run folder."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder with config.json and safetensors: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE or Llama."""
+    out: Path | None = None
+    """Run folder to write; default runs/<name of the folder>."""
+
+
+def import_folder(argv: list[str]) -> None:
+    """Turn a folder of transformers into a run: minimoe import FOLDER --out RUN"""
+    args = _parse(ImportArgs, argv, "import")
+    out = _new_folder(args.out or Path("runs") / args.folder.resolve().name)
+    from minimoe.checkpoint import save
+    from minimoe.data.tokenizer import Tokenizer
+    from minimoe.hub import load_hf
+
+    model, tokenizer = load_hf(args.folder), None
+    try:
+        found = Tokenizer.load(args.folder / "tokenizer.json")
+        need(found.vocab_size <= model.cfg.vocab_size, f"tokenizer.json has {found.vocab_size} tokens, more than the model")
+        # Tokenizer takes one that does not cut texts before it merges for one of characters
+        need(found.inner.pre_tokenizer is not None or not json.loads(found.inner.to_str())["model"].get("merges"),
+             "tokenizer.json merges over whole texts (SentencePiece), which minimoe cannot")
+        tokenizer = found
+    except ConfigError as error:
+        print(f"without a tokenizer, so for token ids only: {error}")
+    save(out, model, tokenizer)
+    print(f"{model.cfg.num_params():,} parameters, {model.embedding.weight.dtype}; saved {out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportArgs:
+    """Writes a run as a folder that transformers loads."""
+
+    run: Annotated[str | None, tyro.conf.Positional] = None
+    """Run folder, or "shipped"; default the newest under runs/, else the shipped one."""
+    out: Path | None = None
+    """Folder to write; default exports/<name of the run>."""
+
+
+def export(argv: list[str]) -> None:
+    """Write a run as a folder that transformers loads: minimoe export RUN --out FOLDER"""
+    args = _parse(ExportArgs, argv, "export")
+    folder = args.run or newest_run()
+    out = _new_folder(args.out or Path("exports") / Path(folder).resolve().name)
+    from minimoe.checkpoint import load
+    from minimoe.hub import save_hf
+
+    run = load(folder)
+    print(f"{save_hf(run.model, out, run.tokenizer)}{'' if run.tokenizer else ', without a tokenizer'}; saved {out}")
+
+
+def _new_folder(out: Path) -> Path:
+    need(not out.exists() or out.is_dir() and not any(out.iterdir()), f"{out} exists already: name another --out")
+    return out
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "generate": generate, "doctor": doctor, "info": info}
+    "train": train, "generate": generate, "doctor": doctor, "info": info, "import": import_folder, "export": export}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,11 @@ from minimoe.settings import ConfigError
 
 @dataclass(frozen=True)
 class Choice:
-    """A device, a dtype for the matrix products, a number of CPU threads, and a line of reason for each."""
+    """A device, a dtype for the matrix products, a number of CPU threads, and a line of reason for each.
+
+    >>> choose("cpu", "float32", threads=1).reasons[2]
+    'threads 1: of ... cores'
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -84,6 +88,8 @@ def tune_cpu(threads: int = 0) -> None:
 
     Returning and re-faulting large blocks costs up to a third of a training step. Does nothing where it does not
     apply; memory stays at its highest. Called by the command line and the Trainer, never on import.
+
+    >>> tune_cpu()
     """
     if threads > 0:
         torch.set_num_threads(threads)

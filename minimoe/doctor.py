@@ -7,12 +7,21 @@ import torch
 
 from minimoe.config import ModelConfig
 from minimoe.device import Choice
+from minimoe.experts import cannot_group
 from minimoe.model import MoETransformer
+
+
+def dispatch(choice: Choice) -> str:
+    """How `dispatch: auto` sends tokens to experts here, and why."""
+    w13_EDF, w2_EHD = (torch.empty(1, 8, n, device=choice.device, dtype=choice.dtype) for n in (16, 8))
+    if reason := cannot_group(w13_EDF, w2_EHD):
+        return f"dispatch loop: {reason}"
+    return (f"dispatch grouped: grouped_mm runs on {choice.device.type} in {str(choice.dtype).removeprefix('torch.')}; experts "
+            "whose rows are not a multiple of 16 bytes take the loop")
 
 
 def parity(choice: Choice) -> list[str]:
     """One training step's loss and gradient on the device against the same step on the CPU in float32."""
-
     cfg = ModelConfig(vocab_size=64, dim=64, n_layers=2, n_heads=4, n_experts=4, top_k=2, expert_hidden=64)
     results = []
     for device, dtype, dispatch in ((torch.device("cpu"), torch.float32, "loop"),

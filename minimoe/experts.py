@@ -33,7 +33,11 @@ def activate(h: Tensor, activation: str) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """Dense feed-forward layer, (..., D) to (..., D): what an expert is, for all tokens."""
+    """Dense feed-forward layer, (..., D) to (..., D): what an expert is, for all tokens.
+
+    >>> FeedForward(ModelConfig(dim=8, n_heads=2), hidden=12)(torch.zeros(5, 8)).shape
+    torch.Size([5, 8])
+    """
 
     def __init__(self, cfg: ModelConfig, hidden: int):
         super().__init__()
@@ -52,7 +56,11 @@ class Experts(nn.Module):
 
     A dropped choice contributes exactly zero. `dispatch` is "grouped" (one matrix product for all experts), "loop"
     (one expert after the other) or "auto" (grouped where it can run). With `recompute` the hidden values are computed
-    again in the backward pass instead of kept.
+    again in the backward pass instead of kept. Raises ValueError where "grouped" cannot run.
+
+    >>> experts = Experts(ModelConfig(dim=8, n_heads=2, n_experts=4, expert_hidden=16))
+    >>> [tuple(p.shape) for p in experts.parameters()]
+    [(4, 8, 32), (4, 16, 8)]
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -112,7 +120,12 @@ def sort_by_expert(routing: Routing, n_experts: int, round_to: int = 1) -> tuple
 
 def loop_experts(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor,
                  activation: str) -> Tensor:
-    """The reference: each expert in turn, on its own block of rows. (P, D) to (P, D)."""
+    """The reference: each expert in turn, on its own block of rows. (P, D) to (P, D).
+
+    >>> x, weight, counts, w13, w2 = torch.ones(3, 2), torch.ones(3), torch.tensor([1, 2]), torch.ones(2, 2, 2), torch.ones(2, 2, 2)
+    >>> loop_experts(x, weight, counts, w13, w2, "gelu").shape
+    torch.Size([3, 2])
+    """
     parts, counts = [x_PD[:0]], counts_E.tolist()
     blocks = x_PD.split(counts), weight_P[:, None].split(counts), w13_EDF.unbind(0), w2_EHD.unbind(0)
     for x, weight, w13, w2 in zip(*blocks):
@@ -124,14 +137,23 @@ def loop_experts(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_EDF: Tens
 def grouped_experts(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor,
                     activation: str) -> Tensor:
     """The same in two grouped matrix products. The weight goes on the hidden values: H is smaller than what the
-    output would need, and the down projection is linear, so the result is the same. (P, D) to (P, D)."""
+    output would need, and the down projection is linear, so the result is the same. (P, D) to (P, D).
+
+    >>> x, weight, counts, w13, w2 = torch.ones(3, 4), torch.ones(3), torch.tensor([1, 2]), torch.ones(2, 4, 8), torch.ones(2, 4, 4)
+    >>> torch.equal(*(f(x, weight, counts, w13, w2, "swiglu") for f in (grouped_experts, loop_experts)))
+    True
+    """
     ends_E = counts_E.cumsum(0).int()
     h_PH = activate(F.grouped_mm(x_PD, w13_EDF, offs=ends_E), activation) * weight_P[:, None]
     return F.grouped_mm(h_PH, w2_EHD, offs=ends_E)
 
 
 def cannot_group(w13_EDF: Tensor, w2_EHD: Tensor) -> str | None:
-    """Why `torch.nn.functional.grouped_mm` cannot run on these weights, or None where it can."""
+    """Why `torch.nn.functional.grouped_mm` cannot run on these weights, or None where it can.
+
+    >>> cannot_group(torch.zeros(2, 3, 5), torch.zeros(2, 5, 3))
+    'rows of (3, 5) or (5, 3) are not a multiple of 16 bytes'
+    """
     if w13_EDF.device.type not in ("cpu", "cuda"):
         return f"no grouped_mm on {w13_EDF.device.type}"
     if w13_EDF.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -144,8 +166,13 @@ def cannot_group(w13_EDF: Tensor, w2_EHD: Tensor) -> str | None:
 class MoE(nn.Module):
     """A whole MoE layer: the router chooses, the experts work, shared experts see every token, whatever the router says.
 
-    `forward(x_ND, token_ids_N, row_N)` gives (N, D) and the `Routing`. A gate, where there is one, weighs the shared
-    experts by sigmoid(gate x) (Qwen2-MoE).
+    `forward(x_ND, token_ids_N, row_N)` gives (N, D) and the `Routing`; `row_N` says which sequence each token is of. A
+    gate, where there is one, weighs the shared experts by sigmoid(gate x) (Qwen2-MoE); without, they count fully
+    (DeepSeekMoE: Dai et al. 2024, section 3.2).
+
+    >>> layer = MoE(ModelConfig(dim=8, n_heads=2, n_experts=4, top_k=2, expert_hidden=16, n_shared_experts=1))
+    >>> layer.shared.w2.weight.shape
+    torch.Size([8, 16])
     """
 
     def __init__(self, cfg: ModelConfig):

@@ -46,7 +46,15 @@ def generate(model: MoETransformer, prompt_ids: list[int] | list[list[int]] | Te
 def stream(model: MoETransformer, prompts: list[list[int]], max_new_tokens: int = 200, *, temperature: float = 1.0,
            top_k: int | None = None, top_p: float | None = None, seed: int = 0,
            stop_ids: tuple[int, ...] = ()) -> Iterator[list[int | None]]:
-    """Yields one new id per sequence as soon as it is computed; None for a sequence that has ended."""
+    """Yields one new id per sequence as soon as it is computed; None for a sequence that has ended.
+
+    Raises ConfigError for an empty prompt or impossible options, when the first token is asked for.
+
+    >>> from minimoe.config import ModelConfig
+    >>> cfg = ModelConfig(vocab_size=9, dim=8, n_layers=1, n_heads=2, n_experts=2, top_k=1, expert_hidden=8)
+    >>> [len(step) for step in stream(MoETransformer(cfg), [[1], [2, 3]], max_new_tokens=3)]
+    [2, 2, 2]
+    """
     if not prompts or not all(prompts):
         raise ConfigError("the prompt is empty: give at least one token, for text at least one character")
     if temperature < 0 or max_new_tokens < 1 or (top_k is not None and top_k < 1) or \

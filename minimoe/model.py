@@ -5,6 +5,7 @@ Shapes: B batch, T positions, D model width, V vocabulary, N = B x T tokens (les
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +28,11 @@ from minimoe.settings import ConfigError
 class Output:
     """`logits` (B, T, V); `loss` a scalar, or None without targets; `losses` its raw parts by name: "ce", where used
     "aux", "simbal" and "z" (means over the MoE layers) and "mtp" (mean over the extra heads); `routing` one per MoE
-    layer, lowest first."""
+    layer, lowest first.
+
+    >>> Output(torch.zeros(1, 2, 3), None, {}, []).loss is None
+    True
+    """
 
     logits: Tensor
     loss: Tensor | None
@@ -36,7 +41,16 @@ class Output:
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x)), dense or MoE."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x)), dense or MoE.
+
+    `forward(x_BTD, tokens_BT, real_BT, rope, cache)` gives (B, T, D) and the `Routing`, or None from a dense block; `real_BT`
+    marks what is not padding (Xiong et al. 2020, figure 1b).
+
+    >>> block = Block(ModelConfig(dim=8, n_layers=1, n_heads=2, n_experts=1), layer=0)
+    >>> y, routing = block(torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.long))
+    >>> y.shape, routing
+    (torch.Size([2, 3, 8]), None)
+    """
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -203,7 +217,29 @@ class MoETransformer(nn.Module):
                              f"found {int(tokens_BT.min())} ... {int(tokens_BT.max())}: was another tokenizer used?")
 
 
+def shape_table(cfg: ModelConfig) -> str:
+    """The tensors of the model that `cfg` describes, like layers in one line: name, shape, how many, parameters.
+
+    >>> print(shape_table(ModelConfig(vocab_size=9, dim=8, n_layers=2, n_heads=2, n_experts=1, dense_hidden=4)))
+    embedding.weight                     (9, 8)  x 1            72
+    blocks.*.attention_norm.weight         (8,)  x 2            16
+    ...
+    """
+    with torch.device("meta"):                  # no memory is needed to know the shapes
+        model = MoETransformer(cfg)
+    groups: dict[tuple[str, tuple[int, ...]], int] = {}
+    for name, p in model.named_parameters():
+        key = re.sub(r"\.\d+\.", ".*.", name), tuple(p.shape)
+        groups[key] = groups.get(key, 0) + 1
+    return "\n".join(f"{name:<30} {str(shape):>12}  x {n:<3} {n * math.prod(shape):>11,}"
+                     for (name, shape), n in groups.items())
+
+
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean over the targets that are not -100, in float32; 0 where there are none."""
+    """Mean over the targets that are not -100, in float32, in nats; 0 where there are none.
+
+    >>> cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, -100]])).item()       # ln 4
+    1.3862...
+    """
     total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100, reduction="sum")
     return total / (targets_BT != -100).sum().clamp_min(1)

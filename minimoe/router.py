@@ -25,6 +25,10 @@ class Routing:
     `weights` (N, K) float32, the weight of each choice, before dropping; `experts` (N, K) int64; `probs` (N, E), one per
     token sums to 1; `logits` (N, E), before noise and bias; `kept` (N, K) bool, False where a choice found no place.
     Expert choice, where a token may be taken by 0 to E experts, has K = E and `kept` says which.
+
+    >>> r = softmax_topk(torch.zeros(3, 4), k=2)
+    >>> {name: tuple(getattr(r, name).shape) for name in ("weights", "experts", "probs", "logits", "kept")}
+    {'weights': (3, 2), 'experts': (3, 2), 'probs': (3, 4), 'logits': (3, 4), 'kept': (3, 2)}
     """
 
     weights: Tensor
@@ -170,7 +174,12 @@ class Router(nn.Module):
 
     `forward(x_ND, token_ids_N, row_N)` gives a `Routing`. Noise and capacity act in training only. Learned noise has a
     standard deviation per token and expert, softplus(noise_weight x) (Shazeer et al. 2017, eq. 4). `bias_E` is the
-    selection bias: not a parameter, moved by `balance.update_bias`, zero unless `balance="bias"`.
+    selection bias: not a parameter, moved by `balance.update_bias`, zero unless `balance="bias"`. `weight` (E, D) holds no values
+    until the model draws them.
+
+    >>> router = Router(ModelConfig(dim=8, n_heads=2, n_experts=4, top_k=2, router="hash"))
+    >>> router(torch.zeros(3, 8), torch.tensor([5, 6, 5]), torch.zeros(3, dtype=torch.long)).experts.tolist()
+    [[1, 2], [0, 1], [1, 2]]
     """
 
     def __init__(self, cfg: ModelConfig):

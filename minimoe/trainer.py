@@ -25,7 +25,7 @@ from minimoe.data.tokenizer import Tokenizer
 from minimoe.device import choose, tune_cpu
 from minimoe.experts import MoE
 from minimoe.generate import lay_out_for_decoding
-from minimoe.model import MoETransformer
+from minimoe.model import MoETransformer, shape_table
 from minimoe.settings import ConfigError
 
 
@@ -249,7 +249,7 @@ def train_from_config(config: Config, out: str | Path | None = None, *, progress
     say(data.mixture.describe(config.train.steps * config.train.batch_size * config.train.accumulate * trainer.seq_len))
     m = config.model
     say(f"model: {m.num_params():,} parameters, {m.active_params():,} active per token, "
-        f"{m.flops_per_token(trainer.seq_len):,} forward FLOPs per token")
+        f"{m.flops_per_token(trainer.seq_len):,} forward FLOPs per token\n{shape_table(m)}")
     run = trainer.fit()
     for prompt in samples:
         say(f"--- {prompt!r}\n{prompt}{run.generate(prompt, max_new_tokens=60)}")

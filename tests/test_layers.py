@@ -174,3 +174,14 @@ def binary(call: ast.Call) -> bool:
     """Whether an `open` call names a binary mode."""
     modes = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
     return any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
+
+
+ENGINE = [*CORE, "generate", "hub", "counts", "device"]
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_public_names_of_the_engine_have_a_doctest(name):
+    bare = [node.name for node in tree(PACKAGE / f"{name}.py").body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            and ">>>" not in (ast.get_docstring(node) or "")]
+    assert not bare, f"no doctest: {bare}"
