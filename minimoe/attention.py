@@ -57,6 +57,26 @@ def causal_mask(lengths: list[int], t: int, device: torch.device | str = "cpu") 
     return (torch.arange(max(lengths) + t, device=device) <= last_BT[..., None])[:, None]
 
 
+def attend(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
+    """Causal attention of T positions to themselves, softmax(q k / sqrt(C)) v (Vaswani et al. 2017, eq. 1). (B, H, T, C).
+
+    PyTorch's fused kernel, but for one case that was measured (LOG.md): on a CPU in bfloat16, up to 512 positions, the
+    plain products take a third of its time forward and backward. They keep B x H x T x T values for the backward pass.
+
+    >>> q, k = torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, 3, 4)
+    >>> attend(q, k, torch.arange(12.0).view(1, 1, 3, 4))[0, 1, :, 0]           # means of what each may see
+    tensor([0., 2., 4.])
+    """
+    (b, h, t, c), g = q_BHTC.shape, k_BGTC.shape[1]
+    if q_BHTC.device.type != "cpu" or q_BHTC.dtype != torch.bfloat16 or t > 512:
+        return F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, is_causal=True, enable_gqa=h != g)
+    with torch.autocast("cpu", enabled=False):          # which would store the softmax in float32
+        hidden_TT = torch.full((t, t), -torch.inf, dtype=q_BHTC.dtype).triu(1)
+        q, k, v = q_BHTC.reshape(b * g, -1, c), k_BGTC.reshape(b * g, t, c), v_BGTC.reshape(b * g, t, c)
+        scores = torch.baddbmm(hidden_TT.repeat(h // g, 1), q, k.transpose(1, 2), alpha=c ** -0.5)
+        return torch.bmm(scores.softmax(-1), v).view(b, h, t, c)
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions (Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023).
 
@@ -95,8 +115,7 @@ class Attention(nn.Module):
         if cache is None or max(cache.lengths) == 0:
             if cache is not None:
                 cache.write(layer, k_BGTC, v_BGTC)
-            y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, is_causal=True,
-                                                    enable_gqa=self.n_heads != self.kv_heads)
+            y_BHTC = attend(q_BHTC, k_BGTC, v_BGTC)
         else:
             y_BHTC = self._with_cache(q_BHTC, *cache.write(layer, k_BGTC, v_BGTC), cache.lengths)
         return self.o(y_BHTC.transpose(1, 2).reshape(b, t, -1))

@@ -76,6 +76,8 @@ class Experts(nn.Module):
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             w13_EDF, w2_EHD = w13_EDF.to(dtype), w2_EHD.to(dtype)
         grouped = self.dispatch != "loop" and (reason := cannot_group(w13_EDF, w2_EHD)) is None
+        if self.dispatch == "auto" and x_ND.device.type == "cpu" and routing.experts.numel() < 64:
+            grouped = False                     # a few tokens, when text is written: the loop skips experts without any
         if self.dispatch == "grouped" and not grouped:
             raise ValueError(f'dispatch="grouped" cannot run here: {reason}; use dispatch="auto"')
         round_to = 64 if grouped and x_ND.device.type == "cpu" and dtype == torch.bfloat16 else 1

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimoe import counts
-from minimoe.attention import KVCache
+from minimoe.attention import KVCache, attend
 from minimoe.config import ModelConfig, load_config
 from minimoe.model import MoETransformer
 from minimoe.settings import ConfigError
@@ -61,6 +61,19 @@ def test_the_same_holds_in_training_with_capacity():
     # a row alone drops what it drops in the batch
     alone = model(tokens[1:2])
     assert torch.equal(alone.routing[1].kept, a.routing[1].kept[11:22])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_plain_products_in_bfloat16_equal_the_fused_kernel(kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 9, h, 6, generator=generator).transpose(1, 2) for h in (4, kv_heads, kv_heads, 4))
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):       # float64 takes the fused kernel
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        y = attend(*inputs)
+        results.append([y.detach(), *torch.autograd.grad(y, inputs, g.to(dtype))])
+    for plain, fused in zip(*results):
+        assert (plain.double() - fused).norm() < 0.01 * fused.norm()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
