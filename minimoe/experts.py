@@ -8,6 +8,7 @@ was dropped).
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -55,7 +56,7 @@ class Experts(nn.Module):
         y[n] = sum over kept k of  weights[n, k] * expert[experts[n, k]](x[n])
 
     A dropped choice contributes exactly zero. `dispatch` is "grouped" (one matrix product for all experts), "loop"
-    (one expert after the other) or "auto" (grouped where it can run). With `recompute` the hidden values are computed
+    (one expert after the other) or "auto" (see `choose`). With `recompute` the hidden values are computed
     again in the backward pass instead of kept. Raises ValueError where "grouped" cannot run.
 
     >>> experts = Experts(ModelConfig(dim=8, n_heads=2, n_experts=4, expert_hidden=16))
@@ -75,14 +76,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x_ND.device.type):        # grouped_mm does not know autocast: cast by hand
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             w13_EDF, w2_EHD = w13_EDF.to(dtype), w2_EHD.to(dtype)
-        grouped = self.dispatch != "loop" and (reason := cannot_group(w13_EDF, w2_EHD)) is None
-        if self.dispatch == "auto" and x_ND.device.type == "cpu" and routing.experts.numel() < 64:
-            grouped = False                     # a few tokens, when text is written: the loop skips experts without any
-        if self.dispatch == "grouped" and not grouped:
-            raise ValueError(f'dispatch="grouped" cannot run here: {reason}; use dispatch="auto"')
-        round_to = 64 if grouped and x_ND.device.type == "cpu" and dtype == torch.bfloat16 else 1
+        run, round_to = choose(self.dispatch, routing.experts.numel(), w13_EDF, w2_EHD)
         token_P, weight_P, counts_E = sort_by_expert(routing, w13_EDF.shape[0], round_to)
-        run = grouped_experts if grouped else loop_experts
         compute = lambda x_ND, weight_P, *w: run(x_ND.index_select(0, token_P), weight_P, counts_E, *w, self.activation)
         if self.recompute and torch.is_grad_enabled():
             compute = partial(checkpoint, compute, use_reentrant=False)
@@ -90,11 +85,29 @@ class Experts(nn.Module):
         return torch.zeros_like(x_ND).index_add_(0, token_P, y_PD.to(x_ND.dtype))
 
 
+def choose(dispatch: str, n_pairs: int, w13_EDF: Tensor, w2_EHD: Tensor) -> tuple[Callable[..., Tensor], int]:
+    """The function that runs the experts, and the `round_to` that it wants. Each case but the first two was measured on
+    CPUs (LOG.md): few pairs, as when text is written, are bound by reading the weights, and in bfloat16 every new number
+    of rows has its price. Raises ValueError where dispatch="grouped" cannot run.
+
+    >>> choose("auto", 4096, torch.zeros(4, 8, 16), torch.zeros(4, 8, 8))[0].__name__
+    'grouped_experts'
+    """
+    reason, on_cpu, n_experts = cannot_group(w13_EDF, w2_EHD), w13_EDF.device.type == "cpu", len(w13_EDF)
+    if dispatch == "grouped" and reason:
+        raise ValueError(f'dispatch="grouped" cannot run here: {reason}; use dispatch="auto"')
+    if dispatch == "auto" and on_cpu and n_experts <= n_pairs <= 8 * n_experts:
+        return batched_experts, 0
+    if dispatch == "loop" or reason or dispatch == "auto" and on_cpu and n_pairs < n_experts:
+        return loop_experts, 1
+    return grouped_experts, 64 if on_cpu and w13_EDF.dtype == torch.bfloat16 else 1
+
+
 def sort_by_expert(routing: Routing, n_experts: int, round_to: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """The kept pairs in the order of their experts: token (P,), weight (P,), rows per expert (E,).
 
     `round_to` fills each expert's rows up to a multiple with pairs of weight zero: oneDNN prepares a kernel for every
-    new number of rows in bfloat16, and few different numbers are what makes it fast.
+    new number of rows in bfloat16, and few different numbers are what makes it fast. 0 fills all up to the fullest.
 
     >>> from minimoe.router import softmax_topk
     >>> r = softmax_topk(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 1.0]]), k=1)
@@ -112,7 +125,10 @@ def sort_by_expert(routing: Routing, n_experts: int, round_to: int = 1) -> tuple
     token_P, weight_P = pair_P[order_P] // k, weight_P[order_P]
     if round_to == 1:
         return token_P, weight_P, counts_E
-    filled_E = (counts_E + round_to - 1) // round_to * round_to
+    if round_to == 0:
+        filled_E = counts_E.max().expand(n_experts)
+    else:
+        filled_E = (counts_E + round_to - 1) // round_to * round_to
     shift_E = (filled_E - counts_E).cumsum(0) - (filled_E - counts_E)         # how far each expert's rows move back
     place_P = torch.arange(token_P.numel(), device=token_P.device) + shift_E[expert_P[order_P]]
     size = int(filled_E.sum())
@@ -129,11 +145,25 @@ def loop_experts(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_EDF: Tens
     torch.Size([3, 2])
     """
     parts, counts = [x_PD[:0]], counts_E.tolist()
-    blocks = x_PD.split(counts), weight_P[:, None].split(counts), w13_EDF.unbind(0), w2_EHD.unbind(0)
-    for x, weight, w13, w2 in zip(*blocks):
-        if len(x):
-            parts.append((activate(x @ w13, activation) * weight) @ w2)
+    if torch.is_grad_enabled():     # w[e] would make a gradient of full size for every expert
+        w13_EDF, w2_EHD = w13_EDF.unbind(0), w2_EHD.unbind(0)
+    for e, (x, weight) in enumerate(zip(x_PD.split(counts), weight_P[:, None].split(counts))):
+        if counts[e]:
+            parts.append((activate(x @ w13_EDF[e], activation) * weight) @ w2_EHD[e])
     return torch.cat(parts)
+
+
+def batched_experts(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor,
+                    activation: str) -> Tensor:
+    """The same in two batched matrix products, where every expert has as many rows. (P, D) to (P, D).
+
+    >>> x, weight, counts, w13, w2 = torch.ones(4, 4), torch.ones(4), torch.tensor([2, 2]), torch.ones(2, 4, 8), torch.ones(2, 4, 4)
+    >>> torch.equal(*(f(x, weight, counts, w13, w2, "geglu") for f in (batched_experts, loop_experts)))
+    True
+    """
+    rows = (len(w13_EDF), -1)
+    h_ECH = activate(torch.bmm(x_PD.unflatten(0, rows), w13_EDF), activation) * weight_P.view(*rows, 1)
+    return torch.bmm(h_ECH, w2_EHD).flatten(0, 1)
 
 
 def grouped_experts(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor,

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from minimoe.config import ModelConfig
-from minimoe.experts import Experts, cannot_group, sort_by_expert
+from minimoe.experts import (
+    Experts,
+    batched_experts,
+    cannot_group,
+    choose,
+    grouped_experts,
+    loop_experts,
+    sort_by_expert,
+)
 from minimoe.router import expert_choice, hash_routing, sigmoid_topk, softmax_topk, within_capacity
 from tests import reference
 
@@ -40,7 +48,7 @@ def outputs_and_gradients(run, routing_of, n=11, dim=16, experts=5, weights=()):
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-@pytest.mark.parametrize("dispatch", ["loop", "grouped"])
+@pytest.mark.parametrize("dispatch", ["loop", "grouped", "auto"])
 def test_dispatch_equals_reference(name, dispatch):
     layer, twin = build(dispatch), build("loop")
     got = outputs_and_gradients(layer, ROUTINGS[name], weights=tuple(layer.parameters()))
@@ -89,6 +97,15 @@ def test_rounding_rows_up_changes_nothing():
     assert torch.allclose(got, build("loop")(x, routing), atol=0.05, rtol=0.05)
 
 
+def test_auto_chooses_by_the_number_of_pairs():
+    weights = torch.zeros(8, 16, 32), torch.zeros(8, 16, 16)
+    chosen = [choose("auto", n, *weights) for n in (2, 8, 64, 65)]
+    assert chosen == [(loop_experts, 1), (batched_experts, 0), (batched_experts, 0), (grouped_experts, 1)]
+    assert choose("auto", 1000, *(w.bfloat16() for w in weights)) == (grouped_experts, 64)
+    assert choose("auto", 1000, *(w.double() for w in weights)) == (loop_experts, 1)
+    assert [choose(d, 8, *weights)[0] for d in ("loop", "grouped")] == [loop_experts, grouped_experts]
+
+
 def test_no_tokens_at_all():
-    for dispatch in ("loop", "grouped"):
+    for dispatch in ("loop", "grouped", "auto"):
         assert build(dispatch)(torch.zeros(0, 16), softmax_topk(torch.zeros(0, 5), 2)).shape == (0, 16)

@@ -68,7 +68,7 @@ def outputs_and_gradients(layer, run):
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu"])
-@pytest.mark.parametrize("dispatch", ["loop", "grouped"])
+@pytest.mark.parametrize("dispatch", ["loop", "grouped", "auto"])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_dispatch_equals_plain_loops(name, dispatch, activation):
     layer, twin = (layer_of(d, activation=activation, **ROUTERS[name]) for d in (dispatch, "loop"))
