@@ -108,6 +108,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None,
                 layer: int = 0) -> Tensor:
         b, t, _ = x_BTD.shape
+        if torch.is_autocast_enabled(x_BTD.device.type):        # once, not for q, k and v each
+            x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
         q_BHTC, k_BGTC = self.heads(self.q(x_BTD), self.q_norm), self.heads(self.k(x_BTD), self.k_norm)
         v_BGTC = self.v(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if rope is not None:

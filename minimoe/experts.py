@@ -78,11 +78,34 @@ class Experts(nn.Module):
             w13_EDF, w2_EHD = w13_EDF.to(dtype), w2_EHD.to(dtype)
         run, round_to = choose(self.dispatch, routing.experts.numel(), w13_EDF, w2_EHD)
         token_P, weight_P, counts_E = sort_by_expert(routing, w13_EDF.shape[0], round_to)
-        compute = lambda x_ND, weight_P, *w: run(x_ND.index_select(0, token_P), weight_P, counts_E, *w, self.activation)
+        compute = lambda x_ND, *w: run(x_ND.index_select(0, token_P), counts_E, *w, self.activation)
         if self.recompute and torch.is_grad_enabled():
             compute = partial(checkpoint, compute, use_reentrant=False)
-        y_PD = compute(x_ND.to(dtype), weight_P.to(dtype), w13_EDF, w2_EHD)
-        return torch.zeros_like(x_ND).index_add_(0, token_P, y_PD.to(x_ND.dtype))
+        y_PD = compute(x_ND.to(dtype), w13_EDF, w2_EHD)
+        return WeightedSum.apply(y_PD, weight_P, token_P, len(x_ND)).to(x_ND.dtype)
+
+
+class WeightedSum(torch.autograd.Function):
+    """Adds up weight_P * y_PD by token, in float32 or wider: (N, D). Autograd would keep the products as well; the backward
+    pass only needs the rows, their weights and their tokens.
+
+    >>> y, weight, token = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0, 1, 0])
+    >>> WeightedSum.apply(y, weight, token, 2).flatten()
+    tensor([3., 2.])
+    """
+
+    @staticmethod
+    def forward(ctx, y_PD: Tensor, weight_P: Tensor, token_P: Tensor, n_tokens: int) -> Tensor:
+        ctx.save_for_backward(y_PD, weight_P, token_P)
+        weighted_PD = y_PD * weight_P[:, None]
+        return weighted_PD.new_zeros(n_tokens, y_PD.shape[1]).index_add_(0, token_P, weighted_PD)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_PD, weight_P, token_P = ctx.saved_tensors
+        grad_PD = grad_ND.index_select(0, token_P)
+        grad_weight_P = (grad_PD * y_PD).sum(-1).to(weight_P.dtype)
+        return (grad_PD * weight_P[:, None]).to(y_PD.dtype), grad_weight_P, None, None
 
 
 def choose(dispatch: str, n_pairs: int, w13_EDF: Tensor, w2_EHD: Tensor) -> tuple[Callable[..., Tensor], int]:
@@ -136,48 +159,42 @@ def sort_by_expert(routing: Routing, n_experts: int, round_to: int = 1) -> tuple
             weight_P.new_zeros(size).index_copy(0, place_P, weight_P), filled_E)
 
 
-def loop_experts(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor,
-                 activation: str) -> Tensor:
+def loop_experts(x_PD: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor, activation: str) -> Tensor:
     """The reference: each expert in turn, on its own block of rows. (P, D) to (P, D).
 
-    >>> x, weight, counts, w13, w2 = torch.ones(3, 2), torch.ones(3), torch.tensor([1, 2]), torch.ones(2, 2, 2), torch.ones(2, 2, 2)
-    >>> loop_experts(x, weight, counts, w13, w2, "gelu").shape
+    >>> x, counts, w13, w2 = torch.ones(3, 2), torch.tensor([1, 2]), torch.ones(2, 2, 2), torch.ones(2, 2, 2)
+    >>> loop_experts(x, counts, w13, w2, "gelu").shape
     torch.Size([3, 2])
     """
     parts, counts = [x_PD[:0]], counts_E.tolist()
     if torch.is_grad_enabled():     # w[e] would make a gradient of full size for every expert
         w13_EDF, w2_EHD = w13_EDF.unbind(0), w2_EHD.unbind(0)
-    for e, (x, weight) in enumerate(zip(x_PD.split(counts), weight_P[:, None].split(counts))):
+    for e, x in enumerate(x_PD.split(counts)):
         if counts[e]:
-            parts.append((activate(x @ w13_EDF[e], activation) * weight) @ w2_EHD[e])
+            parts.append(activate(x @ w13_EDF[e], activation) @ w2_EHD[e])
     return torch.cat(parts)
 
 
-def batched_experts(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor,
-                    activation: str) -> Tensor:
+def batched_experts(x_PD: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor, activation: str) -> Tensor:
     """The same in two batched matrix products, where every expert has as many rows. (P, D) to (P, D).
 
-    >>> x, weight, counts, w13, w2 = torch.ones(4, 4), torch.ones(4), torch.tensor([2, 2]), torch.ones(2, 4, 8), torch.ones(2, 4, 4)
-    >>> torch.equal(*(f(x, weight, counts, w13, w2, "geglu") for f in (batched_experts, loop_experts)))
+    >>> x, counts, w13, w2 = torch.ones(4, 4), torch.tensor([2, 2]), torch.ones(2, 4, 8), torch.ones(2, 4, 4)
+    >>> torch.equal(*(f(x, counts, w13, w2, "geglu") for f in (batched_experts, loop_experts)))
     True
     """
-    rows = (len(w13_EDF), -1)
-    h_ECH = activate(torch.bmm(x_PD.unflatten(0, rows), w13_EDF), activation) * weight_P.view(*rows, 1)
-    return torch.bmm(h_ECH, w2_EHD).flatten(0, 1)
+    x_ECD = x_PD.view(len(w13_EDF), -1, x_PD.shape[1])
+    return torch.bmm(activate(torch.bmm(x_ECD, w13_EDF), activation), w2_EHD).flatten(0, 1)
 
 
-def grouped_experts(x_PD: Tensor, weight_P: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor,
-                    activation: str) -> Tensor:
-    """The same in two grouped matrix products. The weight goes on the hidden values: H is smaller than what the
-    output would need, and the down projection is linear, so the result is the same. (P, D) to (P, D).
+def grouped_experts(x_PD: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor, activation: str) -> Tensor:
+    """The same in two grouped matrix products. (P, D) to (P, D).
 
-    >>> x, weight, counts, w13, w2 = torch.ones(3, 4), torch.ones(3), torch.tensor([1, 2]), torch.ones(2, 4, 8), torch.ones(2, 4, 4)
-    >>> torch.equal(*(f(x, weight, counts, w13, w2, "swiglu") for f in (grouped_experts, loop_experts)))
+    >>> x, counts, w13, w2 = torch.ones(3, 4), torch.tensor([1, 2]), torch.ones(2, 4, 8), torch.ones(2, 4, 4)
+    >>> torch.equal(*(f(x, counts, w13, w2, "swiglu") for f in (grouped_experts, loop_experts)))
     True
     """
     ends_E = counts_E.cumsum(0).int()
-    h_PH = activate(F.grouped_mm(x_PD, w13_EDF, offs=ends_E), activation) * weight_P[:, None]
-    return F.grouped_mm(h_PH, w2_EHD, offs=ends_E)
+    return F.grouped_mm(activate(F.grouped_mm(x_PD, w13_EDF, offs=ends_E), activation), w2_EHD, offs=ends_E)
 
 
 def cannot_group(w13_EDF: Tensor, w2_EHD: Tensor) -> str | None:
