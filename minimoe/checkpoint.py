@@ -1,19 +1,23 @@
 """The run folder: everything that a training run leaves behind, and the one thing all commands take.
 
-    config.yaml  tokenizer.json  model.safetensors  metrics.jsonl  train.log
+    config.yaml  tokenizer.json  model.safetensors  metrics.jsonl
+    checkpoints/00000500/model.safetensors
+    checkpoints/00000500/state/optimizer.safetensors  progress.json
 
-Files are written under another name in the same folder, flushed to disk and renamed into place, so a reader never sees
-half a file and a failed write leaves the old one as it was.
+Files, and checkpoints as whole folders, are written under another name in the same folder, flushed to disk and renamed
+into place: a reader never sees half of one, and a failed write leaves the old one as it was.
 """
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
+import torch
 from safetensors.torch import load_file, save_file
 
 from minimoe.config import Config, ModelConfig, load_config, save_config
@@ -103,8 +107,9 @@ def save_weights(path: Path, model: MoETransformer) -> None:
     write_safely(path, lambda p: save_file(state, str(p)))
 
 
-def load(folder: str | Path, device: str = "cpu") -> Run:
-    """The model of a run folder, float32, in evaluation mode. `load("shipped")` is the one in the package.
+def load(folder: str | Path, device: str = "cpu", step: int | None = None) -> Run:
+    """The model of a run folder, float32, in evaluation mode. `load("shipped")` is the one in the package; `step` takes a
+    checkpoint that was kept instead of the best weights.
 
     Raises ConfigError naming the file and the remedy, for a folder or file that is missing, damaged or does not fit.
     """
@@ -117,7 +122,10 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
     config = load_config(folder / "config.yaml")
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     model = MoETransformer(config.model)
-    load_weights(folder / "model.safetensors", model)
+    kept = [int(p.name) for p in checkpoints(folder)]
+    need(step is None or step in kept, f"{folder}: no checkpoint of step {step}; kept are "
+                                       f"{', '.join(map(str, kept)) or 'none'}, or leave the step out for the best weights")
+    load_weights(folder / ("" if step is None else f"checkpoints/{step:08d}") / "model.safetensors", model)
     return Run(lay_out_for_decoding(model.to(device).eval()), tokenizer, config, folder)
 
 
@@ -138,6 +146,57 @@ def load_weights(path: Path, model: MoETransformer) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def save_state(run: Path, step: int, model: MoETransformer, optimizer: torch.optim.Optimizer, progress: dict,
+               keep: int = 2) -> Path:
+    """Writes checkpoints/<step> of a run folder, all that going on needs, and removes all but the `keep` newest.
+
+    `progress` is what JSON can hold. No random state is needed: each step seeds itself by its number.
+    """
+    home = run / "checkpoints"
+    folder, part = home / f"{step:08d}", home / f".{step:08d}.part"
+    if folder.is_dir():                         # saved before, and the same step is the same state
+        return folder
+    for unfinished in home.glob(".*.part"):     # of a process that was killed
+        shutil.rmtree(unfinished)
+    (part / "state").mkdir(parents=True)
+    save_weights(part / "model.safetensors", model)
+    names = {p: name for name, p in model.named_parameters()}
+    tensors = {f"{names[p]}|{key}": value.cpu().contiguous() for p, state in optimizer.state.items()
+               for key, value in state.items() if isinstance(value, torch.Tensor)}
+    write_safely(part / "state" / "optimizer.safetensors", lambda path: save_file(tensors, str(path)))
+    write_safely(part / "state" / "progress.json", lambda path: path.write_text(json.dumps(progress), encoding="utf-8"))
+    _flush(part / "state")
+    _flush(part)
+    os.replace(part, folder)
+    _flush(home)
+    for old in checkpoints(run)[:-keep]:
+        os.replace(old, home / f".{old.name}.part")         # never half a checkpoint under a complete one's name
+        shutil.rmtree(home / f".{old.name}.part")
+    return folder
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.name.isdigit() and p.is_dir())
+
+
+def load_state(folder: Path, model: MoETransformer, optimizer: torch.optim.Optimizer) -> dict:
+    """Reads a checkpoint into model and optimizer, and gives the `progress` that was saved with it."""
+    load_weights(folder / "model.safetensors", model)
+    parameters = dict(model.named_parameters())
+    try:
+        tensors = load_file(str(folder / "state" / "optimizer.safetensors"))
+        progress = json.loads((folder / "state" / "progress.json").read_text(encoding="utf-8"))
+        for key, value in tensors.items():
+            name, _, part = key.rpartition("|")
+            place = parameters[name]
+            optimizer.state[place][part] = value.to(place.device) if value.dim() else value
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder / 'state'}: damaged ({str(error)[:80]}); remove this checkpoint to go on from the one "
+                          "before") from None
+    return progress
+
+
 def write_safely(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)` and renames the finished file into place; on an error the old file stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -148,6 +207,14 @@ def write_safely(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush(folder: Path) -> None:
+    """Makes the names in a folder durable, where the system knows how."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def _tied(name: str, cfg: ModelConfig) -> bool:

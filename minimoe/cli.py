@@ -18,7 +18,7 @@ from minimoe.config import Config, Source, load_config
 from minimoe.settings import ConfigError, need
 
 SAMPLE_PROMPTS = ("The for statement", "An object is")
-PLAIN = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagConversionOff)
+PLAIN = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,11 @@ class TrainArgs:
     """Run folder to write; default runs/<name of the config>."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write over a run folder that exists."""
-    settings: Config = Config()
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on from the newest complete checkpoint in the run folder."""
+    stop_after: int | None = None
+    """Stop after this step, as if interrupted; --resume goes on."""
+    settings: tyro.conf.FlagConversionOff[Config] = Config()         # --tie-embeddings False: each has a default to leave
 
 
 def train(argv: list[str]) -> None:
@@ -40,11 +44,12 @@ def train(argv: list[str]) -> None:
     defaults = TrainArgs(settings=load_config(path) if path else Config())
     args = _parse(TrainArgs, argv, "train", default=defaults)
     out = args.out or Path("runs") / (args.config.stem if args.config else "train")
-    if out.exists() and any(out.iterdir()) and not args.overwrite:
-        raise ConfigError(f"{out} exists already: name another --out, or give --overwrite True")
+    if out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume):
+        raise ConfigError(f"{out} exists already: name another --out, go on with --resume, or give --overwrite")
     from minimoe.trainer import train_from_config
 
-    run = train_from_config(args.settings, out, say=print, samples=SAMPLE_PROMPTS)
+    run = train_from_config(args.settings, out, resume=args.resume, stop_after=args.stop_after, say=print,
+                            samples=SAMPLE_PROMPTS)
     rows = run.metrics()
     best = min((r for r in rows if "val_bpb" in r), key=lambda r: r["val_ce"], default=None)
     if best:
@@ -55,8 +60,9 @@ def train(argv: list[str]) -> None:
             measured = best["val"][corpus.name]
             print(f"held-out {corpus.name}: {measured:.3f} bits per byte at step {best['step']}; xz -9e, given all "
                   f"training text, {xz_bits_per_byte(data, corpus):.3f}")
-    print(f"{rows[-1]['tokens']:,} tokens in {rows[-1]['seconds']:.0f} s of training; saved {out}\n"
-          f'next: minimoe generate {out} --prompt "The for statement"')
+    if rows:
+        print(f"{rows[-1]['tokens']:,} tokens in {rows[-1]['seconds']:.0f} s of training; saved {out}\n"
+              f'next: minimoe generate {out} --prompt "The for statement"')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,10 @@ class TrainConfig:
     """Steps between looks at the held-out text; 0 looks at the end only."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
+    save_every: int = 500
+    """Steps between checkpoints that a run can be resumed from; 0 saves at the end only."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
     recompute: Literal["none", "experts", "blocks"] = "none"
     """What the backward pass computes again instead of keeping in memory."""
     compile: bool = False
@@ -59,9 +63,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("steps", "batch_size", "accumulate", "log_every"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "keep"):
             need(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("warmup", "weight_decay", "eval_every"):
+        for name in ("warmup", "weight_decay", "eval_every", "save_every"):
             need(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
         need(self.lr > 0 and self.clip > 0, f"lr={self.lr}, clip={self.clip}: both must be above 0")
         need(0 <= self.min_lr <= 1, f"min_lr={self.min_lr}: a share of lr, between 0 and 1")

@@ -7,8 +7,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +22,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from minimoe import balance
-from minimoe.checkpoint import Run, save, save_weights
-from minimoe.config import Config, DataConfig, GenerateConfig, TrainConfig
+from minimoe.checkpoint import Run, checkpoints, load_state, save, save_state, save_weights, write_safely
+from minimoe.config import Config, DataConfig, GenerateConfig, TrainConfig, load_config
 from minimoe.data.loader import TextData, join, load_data
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.device import choose, tune_cpu
 from minimoe.experts import MoE
 from minimoe.generate import lay_out_for_decoding
 from minimoe.model import MoETransformer, shape_table
-from minimoe.settings import ConfigError
+from minimoe.settings import ConfigError, need, to_dict
 
 
 class Trainer:
@@ -59,37 +63,69 @@ class Trainer:
         corpora = self.data.corpora if isinstance(self.data, TextData) else ()
         self.held_out = {c.name: (join(c.held_out, self.tokenizer), sum(len(d.text.encode()) for d in c.held_out))
                          for c in corpora if c.held_out}
-        self.step, self.best, self.seconds, self.rows = 0, math.inf, 0.0, []
+        self.step, self.best, self.seconds, self.rows, self.since = 0, math.inf, 0.0, [], []
 
-    def fit(self) -> Run:
-        """Runs to the last step; the weights with the lowest held-out loss are what the run folder keeps."""
-        if self.out:
+    def fit(self, *, resume: bool = False, stop_after: int | None = None) -> Run:
+        """Runs to the last step, or until `stop_after`, or until Ctrl-C, which ends with the step that is under way.
+
+        The run folder keeps the weights with the lowest held-out loss, and checkpoints to go on from: with `resume` the
+        newest complete one is where this run begins, and all that follows is as if it had never stopped. Raises
+        ConfigError where the folder was made with other settings.
+        """
+        if self.out and resume and checkpoints(self.out):
+            self._restore()
+        elif self.out:
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
             save(self.out, self.model, self.tokenizer, self.config)
             (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
-        cfg, since = self.cfg, []
-        bar = tqdm(total=cfg.steps, disable=None if self.progress else True, unit="step", dynamic_ncols=True)
-        while self.step < cfg.steps:
-            started = time.perf_counter()
-            losses, routing_stats = self.train_step()
-            self.seconds += time.perf_counter() - started
-            since.append(losses)
-            last = self.step == cfg.steps
-            evaluate_now = last or (cfg.eval_every and self.step % cfg.eval_every == 0)
-            if self.step % cfg.log_every == 0 or evaluate_now:
-                row = self._row(since, routing_stats)
-                since = []
-                if evaluate_now and self.held_out:
-                    row |= self.evaluate()
-                    self._keep_best(row["val_ce"])
-                self._log(row)
-                bar.set_postfix_str(f"loss {row['ce']:.3f}" + (f" held-out {row['val_bpb']:.3f} bpb" if "val_bpb" in row
-                                                               else "") + f", {row['tokens'] / row['seconds']:,.0f} tokens/s"
-                                    + (f", {len(row['alerts'])} alerts: {row['alerts'][0]}" if "alerts" in row else ""))
-            bar.update()
+        cfg, until = self.cfg, min(self.cfg.steps, stop_after or self.cfg.steps)
+        bar = tqdm(total=cfg.steps, initial=self.step, disable=None if self.progress else True, unit="step",
+                   dynamic_ncols=True)
+        with ctrl_c() as pressed:
+            while self.step < until and not pressed:
+                self._one_step(bar)
+                if self.out and (self.step == until or pressed or cfg.save_every and self.step % cfg.save_every == 0):
+                    self._save_state()
         bar.close()
         if self.out and not self.held_out:
             save_weights(self.out / "model.safetensors", self.model)
-        return Run(lay_out_for_decoding(self.model.eval()), self.tokenizer, self.config, self.out)
+        model = self.model.eval()
+        return Run(lay_out_for_decoding(model) if self.step == cfg.steps else model, self.tokenizer, self.config, self.out)
+
+    def _one_step(self, bar: tqdm) -> None:
+        cfg, started = self.cfg, time.perf_counter()
+        losses, routing_stats = self.train_step()
+        self.seconds += time.perf_counter() - started
+        self.since.append(losses)
+        evaluate_now = self.step == cfg.steps or (cfg.eval_every and self.step % cfg.eval_every == 0)
+        if self.step % cfg.log_every == 0 or evaluate_now:
+            row = self._row(self.since, routing_stats)
+            self.since = []
+            if evaluate_now and self.held_out:
+                row |= self.evaluate()
+                self._keep_best(row["val_ce"])
+            self._log(row)
+            bar.set_postfix_str(f"loss {row['ce']:.3f}" + (f" held-out {row['val_bpb']:.3f} bpb" if "val_bpb" in row else "")
+                                + f", {row['tokens'] / row['seconds']:,.0f} tokens/s"
+                                + (f", {len(row['alerts'])} alerts: {row['alerts'][0]}" if "alerts" in row else ""))
+        bar.update()
+
+    def _save_state(self) -> None:
+        progress = {"step": self.step, "best": self.best, "seconds": self.seconds, "since": self.since}
+        save_state(self.out, self.step, self.model, self.optimizer, progress, self.cfg.keep)
+
+    def _restore(self) -> None:
+        """Goes back to the newest checkpoint; rows of the log that came after it are taken out."""
+        different = differences(load_config(self.out / "config.yaml"), self.config)
+        need(not different, f"{self.out} was made with other settings: {'; '.join(different)}. Give them as they were, or "
+                            "name another folder")
+        progress = load_state(checkpoints(self.out)[-1], self.model, self.optimizer)
+        self.step, self.best, self.seconds, self.since = (progress[k] for k in ("step", "best", "seconds", "since"))
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+        write_safely(path, lambda p: p.write_text("".join(kept), encoding="utf-8"))
+        self.rows = [json.loads(line) for line in kept]
 
     def train_step(self) -> tuple[dict[str, float], list[dict]]:
         """One update; returns the raw losses and the routing statistics of each MoE layer."""
@@ -220,6 +256,36 @@ def lr_scale(step: int, cfg: TrainConfig) -> float:
     return cfg.min_lr + (1 - cfg.min_lr) * fall
 
 
+@contextmanager
+def ctrl_c() -> Iterator[list[int]]:
+    """While it lasts, the first Ctrl-C puts its signal in the list, and the second one interrupts as usual."""
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+
+    def note(number: int, frame: object) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Each setting that differs but the device, with both values.
+
+    >>> differences(Config(), Config(train=TrainConfig(steps=7, device="cpu")))
+    ['steps was 500, is 7']
+    """
+    pairs = [(name, old, new) for section, values in to_dict(a).items() for name, old in values.items()
+             if (new := to_dict(b)[section][name]) != old and name != "device"]
+    return [f"{name} was {old}, is {new}" for name, old, new in pairs]
+
+
 def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[object, DataConfig]:
     if isinstance(data, TextData):
         names = [s.name for s in data.mixture.streams]
@@ -233,11 +299,15 @@ def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tupl
                       "(inputs, targets) pair")
 
 
-def train_from_config(config: Config, out: str | Path | None = None, *, progress: bool = True,
-                      say: Callable[[str], None] = lambda line: None, samples: Iterable[str] = ()) -> Run:
+def train_from_config(config: Config, out: str | Path | None = None, *, resume: bool = False, stop_after: int | None = None,
+                      progress: bool = True, say: Callable[[str], None] = lambda line: None,
+                      samples: Iterable[str] = ()) -> Run:
     """Everything that `minimoe train` does: data, tokenizer, a model from the seed, training, samples."""
     tune_cpu()
-    data = load_data(config.data)
+    goes_on = bool(resume and out and checkpoints(Path(out)))
+    if resume and not goes_on:
+        say(f"{out}: no complete checkpoint to go on from, so this run starts at step 0")
+    data = load_data(config.data, Tokenizer.load(Path(out)) if goes_on else None)
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     torch.manual_seed(config.train.seed)
@@ -250,7 +320,15 @@ def train_from_config(config: Config, out: str | Path | None = None, *, progress
     m = config.model
     say(f"model: {m.num_params():,} parameters, {m.active_params():,} active per token, "
         f"{m.flops_per_token(trainer.seq_len):,} forward FLOPs per token\n{shape_table(m)}")
-    run = trainer.fit()
+    if goes_on:
+        say(f"goes on from step {int(checkpoints(Path(out))[-1].name)}")
+    run = trainer.fit(resume=resume, stop_after=stop_after)
+    if trainer.step < config.train.steps:
+        say(f"stopped at step {trainer.step} of {config.train.steps}; the same command with --resume goes on")
     for prompt in samples:
+        try:
+            run.encode(prompt)
+        except ValueError:                      # characters that this text does not have: begin as the text does
+            prompt = data.corpora[0].train[0].text[:16]
         say(f"--- {prompt!r}\n{prompt}{run.generate(prompt, max_new_tokens=60)}")
     return run
