@@ -60,17 +60,20 @@ def causal_mask(lengths: list[int], t: int, device: torch.device | str = "cpu") 
 def attend(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
     """Causal attention of T positions to themselves, softmax(q k / sqrt(C)) v (Vaswani et al. 2017, eq. 1). (B, H, T, C).
 
-    PyTorch's fused kernel, but for one case that was measured (LOG.md): on a CPU in bfloat16, up to 512 positions, the
-    plain products take a third of its time forward and backward. They keep B x H x T x T values for the backward pass.
+    PyTorch's fused kernel, but not in bfloat16 on a CPU: there it takes three times the time of the plain products, and a
+    model trained with it learns less (LOG.md). Up to 512 positions the products are written out, which keeps
+    B x H x T x T values for the backward pass; beyond, the kernel runs in float32.
 
     >>> q, k = torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, 3, 4)
     >>> attend(q, k, torch.arange(12.0).view(1, 1, 3, 4))[0, 1, :, 0]           # means of what each may see
     tensor([0., 2., 4.])
     """
     (b, h, t, c), g = q_BHTC.shape, k_BGTC.shape[1]
-    if q_BHTC.device.type != "cpu" or q_BHTC.dtype != torch.bfloat16 or t > 512:
+    if q_BHTC.device.type != "cpu" or q_BHTC.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, is_causal=True, enable_gqa=h != g)
-    with torch.autocast("cpu", enabled=False):          # which would store the softmax in float32
+    with torch.autocast("cpu", enabled=False):
+        if t > 512:
+            return attend(q_BHTC.float(), k_BGTC.float(), v_BGTC.float()).to(q_BHTC.dtype)
         hidden_TT = torch.full((t, t), -torch.inf, dtype=q_BHTC.dtype).triu(1)
         q, k, v = q_BHTC.reshape(b * g, -1, c), k_BGTC.reshape(b * g, t, c), v_BGTC.reshape(b * g, t, c)
         scores = torch.baddbmm(hidden_TT.repeat(h // g, 1), q, k.transpose(1, 2), alpha=c ** -0.5)

@@ -63,14 +63,17 @@ def test_the_same_holds_in_training_with_capacity():
     assert torch.equal(alone.routing[1].kept, a.routing[1].kept[11:22])
 
 
+@pytest.mark.parametrize("length", [9, 520])          # plain products, and the kernel in float32
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_plain_products_in_bfloat16_equal_the_fused_kernel(kv_heads):
+def test_attention_in_bfloat16_equals_the_fused_kernel_in_float64(kv_heads, length):
     generator = torch.Generator().manual_seed(0)
-    q, k, v, g = (torch.randn(2, 9, h, 6, generator=generator).transpose(1, 2) for h in (4, kv_heads, kv_heads, 4))
+    q, k, v, g = (torch.randn(2, length, h, 6, generator=generator).transpose(1, 2) for h in (4, kv_heads, kv_heads, 4))
     results = []
-    for dtype in (torch.bfloat16, torch.float64):       # float64 takes the fused kernel
+    for dtype in (torch.bfloat16, torch.float64):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        y = attend(*inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = attend(*inputs)
+        assert y.dtype == dtype
         results.append([y.detach(), *torch.autograd.grad(y, inputs, g.to(dtype))])
     for plain, fused in zip(*results):
         assert (plain.double() - fused).norm() < 0.01 * fused.norm()
