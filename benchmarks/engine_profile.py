@@ -61,7 +61,7 @@ def profile(place: str, size: Callable[[Work], Work], rows: int = 20) -> dict:
     for dtype in ("auto", "float32"):
         for vocab in (65, 4096):
             work = size(Work(kind="train", side="ours", dtype=dtype, vocab=vocab, device=place))
-            chosen, cfg = device.choose(place, dtype, model=work.config()).dtype, work.config()
+            chosen, cfg = device.choose(place, dtype).dtype, work.config()
             _, step = training(work)
             took = [seconds(work, step) for _ in range(work.warmup + work.steps)][work.warmup:]
             speed = product_speed(work, chosen)

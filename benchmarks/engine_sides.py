@@ -115,7 +115,7 @@ def measure_experts(work: Work) -> dict:
     layer.to(place)
     x_ND = torch.randn(work.tokens, work.dim, device=place, requires_grad=True)
     grad_ND = torch.randn(work.tokens, work.dim, device=place)
-    autocast = device.choose(work.device, work.dtype, model=cfg).autocast
+    autocast = device.choose(work.device, work.dtype).autocast
     times, routing = [], None
     for step in range(work.warmup + work.steps):
         if routing is None or work.fresh:
@@ -162,7 +162,7 @@ def training(work: Work) -> tuple[nn.Module, Callable[[], float]]:
     if work.recompute != "none":
         model.recompute(work.recompute)
     optimizer = make_optimizer(model, TrainConfig())
-    autocast = device.choose(work.device, work.dtype, work.threads, cfg).autocast
+    autocast = device.choose(work.device, work.dtype, work.threads).autocast
     drawn = torch.Generator().manual_seed(1)
 
     def step() -> float:
@@ -193,7 +193,7 @@ def measure_train(work: Work) -> dict:
             "memory": max(highest_memory(work) - before, 0.001), "memory_before": round(before, 1),
             "resident_before": now and round(now, 1),
             "loss": round(losses[-1], 4), "first_loss": round(losses[0], 4), "dtype": str(
-                device.choose(work.device, work.dtype, model=work.config()).dtype).removeprefix("torch."),
+                device.choose(work.device, work.dtype).dtype).removeprefix("torch."),
             "params": sum(p.numel() for p in model.parameters())}
 
 

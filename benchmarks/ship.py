@@ -30,7 +30,7 @@ lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
 metrics = run.metrics()
 best = min((r for r in metrics if "val_ce" in r), key=lambda r: r["val_ce"])
 table = "\n".join(f"| {c.name} | {best['val'][c.name]:.3f} | {xz_bits_per_byte(data, c):.3f} |" for c in data.corpora)
-m, choice = run.config.model, choose(run.config.train.device, run.config.train.dtype, model=run.config.model)
+m, choice = run.config.model, choose(run.config.train.device, run.config.train.dtype)
 (SHIPPED / "README.md").write_text(f"""# The model that ships with minimoe
 
     minimoe train --config configs/pydocs.yaml        (seed {run.config.train.seed})

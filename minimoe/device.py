@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from minimoe.config import ModelConfig
 from minimoe.settings import ConfigError
 
 
@@ -30,7 +29,7 @@ class Choice:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
-def choose(device: str = "auto", dtype: str = "auto", threads: int = 0, model: ModelConfig | None = None) -> Choice:
+def choose(device: str = "auto", dtype: str = "auto", threads: int = 0) -> Choice:
     """Resolves "auto", and says why. A device that is not there is an error, never another device.
 
     >>> choose("cpu", "float32").dtype
@@ -40,7 +39,7 @@ def choose(device: str = "auto", dtype: str = "auto", threads: int = 0, model: M
     if threads == -1:
         threads = max(1, (os.cpu_count() or 1) - 2)
     threads = threads or torch.get_num_threads()
-    chosen_dtype, why_dtype = _dtype(chosen, dtype, model)
+    chosen_dtype, why_dtype = _dtype(chosen, dtype)
     return Choice(chosen, chosen_dtype, threads, (
         f"device {chosen}: {why_device}", f"dtype {str(chosen_dtype).removeprefix('torch.')}: {why_dtype}",
         f"threads {threads}: of {os.cpu_count()} cores"))
@@ -64,7 +63,7 @@ def _device(name: str) -> tuple[torch.device, str]:
     return chosen, "asked for"
 
 
-def _dtype(device: torch.device, name: str, model: ModelConfig | None) -> tuple[torch.dtype, str]:
+def _dtype(device: torch.device, name: str) -> tuple[torch.dtype, str]:
     if name != "auto":
         if name == "float16" and device.type == "cpu":
             raise ConfigError("dtype=float16 on a CPU overflows and is slow; use bfloat16 or float32")
@@ -78,8 +77,6 @@ def _dtype(device: torch.device, name: str, model: ModelConfig | None) -> tuple[
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu.get_capabilities().get("amx_bf16", False)
     if not has_bf16:
         return torch.float32, "this CPU has no bfloat16 products (avx512_bf16 or amx_bf16)"
-    if model is not None and model.moe_layers and model.expert_hidden < 128:
-        return torch.float32, "this CPU has bfloat16 products, but experts under 128 wide are slower with them"
     return torch.bfloat16, "this CPU has bfloat16 products (avx512_bf16 or amx_bf16)"
 
 

@@ -45,7 +45,7 @@ class Trainer:
                  tokenizer: Tokenizer | None = None, generate: GenerateConfig | None = None,
                  on_step: Callable[[Trainer, dict], None] | None = None, progress: bool = True):
         self.cfg, self.out, self.on_step, self.progress = train, Path(out) if out else None, on_step, progress
-        self.choice = choose(train.device, train.dtype, train.threads, model.cfg)
+        self.choice = choose(train.device, train.dtype, train.threads)
         tune_cpu(train.threads and self.choice.threads)
         self.data, data_cfg = _as_data(data, tokenizer, model.cfg.vocab_size)
         self.tokenizer = getattr(self.data, "tokenizer", tokenizer)
