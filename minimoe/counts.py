@@ -34,8 +34,8 @@ def params_by_part(cfg) -> dict[str, int]:
 
 
 def flops_by_part(cfg, seq_len: int) -> dict[str, int]:
-    """Forward FLOPs per token of each part of a `ModelConfig`'s model, averaged over a causal sequence of `seq_len` tokens; a token at position t
-    looks at t + 1 keys, (seq_len + 1) / 2 on average. Sums are whole numbers.
+    """Forward FLOPs per token of each part of a `ModelConfig`'s model, averaged over a causal sequence of `seq_len` tokens: a
+    token at position t looks at t + 1 keys, (seq_len + 1) / 2 on average.
 
     >>> from minimoe.config import ModelConfig
     >>> flops_by_part(ModelConfig(vocab_size=10, dim=8, n_layers=2, n_heads=2, n_experts=4, top_k=1, expert_hidden=3), 5)

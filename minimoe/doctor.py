@@ -17,7 +17,7 @@ def dispatch(choice: Choice) -> str:
     if reason := cannot_group(w13_EDF, w2_EHD):
         return f"dispatch loop: {reason}"
     return (f"dispatch grouped: grouped_mm runs on {choice.device.type} in {str(choice.dtype).removeprefix('torch.')}; experts "
-            "whose rows are not a multiple of 16 bytes take the loop")
+            "whose rows are not a multiple of 16 bytes take the loop, a few tokens on a CPU the loop or batched products")
 
 
 def parity(choice: Choice) -> list[str]:

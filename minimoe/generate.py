@@ -110,8 +110,8 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None
 def lay_out_for_decoding(model: MoETransformer) -> MoETransformer:
     """Stores the matrices of `nn.Linear` transposed in memory, in place; names, shapes and values stay.
 
-    Writing one token multiplies a vector with every matrix, which is bound by reading them, and a CPU reads the transposed
-    order about twice as fast (LOG.md). `load` does it; training does not, where it would change the rounding.
+    Writing one token multiplies a vector with every matrix, which is bound by reading them; in the transposed order one
+    sequence on one CPU thread comes out about a tenth faster, a batch or two threads hardly (LOG.md). `load` does it; training does not, where it would change the rounding.
 
     >>> from minimoe.config import ModelConfig
     >>> cfg = ModelConfig(vocab_size=9, dim=8, n_layers=1, n_heads=2, n_experts=1)

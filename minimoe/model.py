@@ -164,8 +164,7 @@ class MoETransformer(nn.Module):
         loss, losses = None, {}
         if targets_BT is not None:
             losses = {"ce": cross_entropy(logits_BTV, targets_BT)}
-            losses |= self.routing_losses(routing, None if real_BT is None and self.cfg.aux_scope == "batch"
-                                          else rows_of(tokens_BT, real_BT))
+            losses |= self.routing_losses(routing, rows_of(tokens_BT, real_BT))
             if self.extra_heads:                # head i predicts i + 2 tokens ahead: the targets moved on by i + 1
                 later = [self.head(self.norm(head(x_BTD, tokens_BT, real_BT, rope)[0])) for head in self.extra_heads]
                 losses["mtp"] = torch.stack([cross_entropy(logits[:, :t - i], targets_BT[:, i:])
@@ -178,14 +177,14 @@ class MoETransformer(nn.Module):
         cfg = self.cfg
         return {"ce": 1.0, "aux": cfg.aux_coef, "simbal": cfg.aux_coef, "z": cfg.z_coef, "mtp": cfg.mtp_coef}[name]
 
-    def routing_losses(self, routing: list[Routing], row_N: Tensor | None) -> dict[str, Tensor]:
+    def routing_losses(self, routing: list[Routing], row_N: Tensor) -> dict[str, Tensor]:
         """The raw balancing losses that the config asks for, each the mean over the MoE layers."""
         cfg, losses = self.cfg, {}
         if not routing:
             return losses
         if cfg.balance == "aux":
-            row_N = row_N if cfg.aux_scope == "sequence" else None
-            losses["aux"] = torch.stack([balance.aux_loss(r, row_N) for r in routing]).mean()
+            within = row_N if cfg.aux_scope == "sequence" else None
+            losses["aux"] = torch.stack([balance.aux_loss(r, within) for r in routing]).mean()
         if cfg.balance == "simbal":
             routers = [self.blocks[i].ffn.router.weight for i in cfg.moe_layers]
             losses["simbal"] = torch.stack([balance.simbal_loss(w) for w in routers]).mean()
