@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from minimoe import ModelConfig, MoETransformer, TrainConfig, device, generate
 from minimoe.experts import Experts, FeedForward
 from minimoe.hub import load_hf
+from minimoe.optimizer import make_optimizer
 from minimoe.router import softmax_topk
-from minimoe.trainer import make_optimizer
 
 THEIRS = ("eager", "grouped_mm")        # the ways of transformers to run the experts; the faster one counts
 

@@ -12,8 +12,9 @@ from minimoe.cli import main
 from minimoe.config import Config, DataConfig, ModelConfig, TrainConfig, load_config, save_config
 from minimoe.data.loader import load_data
 from minimoe.model import MoETransformer
+from minimoe.optimizer import make_optimizer
 from minimoe.settings import ConfigError
-from minimoe.trainer import Trainer, held_out_loss, make_optimizer
+from minimoe.trainer import Trainer, held_out_loss
 
 MODEL = ModelConfig(vocab_size=70, dim=32, n_layers=2, n_heads=2, max_seq_len=32, n_experts=4, top_k=2, expert_hidden=32)
 TRAIN = TrainConfig(steps=6, batch_size=4, warmup=2, lr=3e-3, device="cpu", dtype="float32", eval_every=3, log_every=2)

@@ -204,7 +204,7 @@ def _library() -> dict[str, set[str]]:
     """Every public function and class of the library, by name: the code of each that has this name."""
     root, found = Path(importlib.util.find_spec("minimoe").submodule_search_locations[0]), {}
     for path in sorted(root.rglob("*.py")):
-        if path.relative_to(root).parts[0] not in ("course", "cli.py"):
+        if path.relative_to(root).parts[0] not in ("course", "cli"):
             for n in ast.parse(path.read_text(encoding="utf-8")).body:
                 if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_"):
                     found.setdefault(n.name, set()).add(_bare(n))

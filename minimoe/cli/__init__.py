@@ -1,0 +1,38 @@
+"""The command line: one program, every option of a config also a flag.
+
+Exit code 0 for success, 2 for what the user can mend (one line says what and how), 1 for anything else.
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from minimoe.cli.convert import export, import_folder
+from minimoe.cli.training import train
+from minimoe.cli.using import doctor, generate, info
+from minimoe.settings import ConfigError
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train, "generate": generate, "doctor": doctor, "info": info, "import": import_folder, "export": export}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program `minimoe`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: minimoe COMMAND [OPTIONS]      (minimoe COMMAND --help lists the options)\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<10} {command.__doc__.strip()}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"minimoe: error: unknown command {argv[0]!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except (ConfigError, ValueError) as error:
+        print(f"minimoe: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nminimoe: stopped", file=sys.stderr)
+        return 130
+    return 0
