@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from minimoe.config import Config, ModelConfig, load_config, save_config
 from minimoe.data.tokenizer import Tokenizer
-from minimoe.generate import lay_out_for_decoding, stream
+from minimoe.decode import lay_out_for_decoding
+from minimoe.generate import stream
 from minimoe.model import MoETransformer
 from minimoe.settings import ConfigError, need
 

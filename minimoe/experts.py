@@ -234,7 +234,8 @@ class MoE(nn.Module):
     def forward(self, x_ND: Tensor, token_ids_N: Tensor, row_N: Tensor) -> tuple[Tensor, Routing]:
         routing = self.router(x_ND, token_ids_N, row_N)
         y_ND = self.experts(x_ND, routing)
-        if self.shared is not None:
-            shared_ND = self.shared(x_ND)
-            y_ND = y_ND + (shared_ND if self.shared_gate is None else self.shared_gate(x_ND).sigmoid() * shared_ND)
-        return y_ND, routing
+        return (y_ND if self.shared is None else y_ND + self.shared_output(x_ND)), routing
+
+    def shared_output(self, x_ND: Tensor) -> Tensor:
+        shared_ND = self.shared(x_ND)
+        return shared_ND if self.shared_gate is None else self.shared_gate(x_ND).sigmoid() * shared_ND

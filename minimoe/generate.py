@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minimoe.attention import KVCache
+from minimoe.decode import Decoder
 from minimoe.model import MoETransformer
 from minimoe.settings import ConfigError
 
@@ -67,7 +68,7 @@ def stream(model: MoETransformer, prompts: list[list[int]], max_new_tokens: int 
     model.eval()
     try:
         rows, ended = [list(p) for p in prompts], [False] * len(prompts)
-        cache, logits_BV = _prefill(model, rows, limit, device)
+        decode, (cache, logits_BV) = Decoder(model), _prefill(model, rows, limit, device)
         for i in range(max_new_tokens):
             ids = sample(logits_BV, temperature, top_k, top_p, generator).tolist()
             ended = [e or t in stop_ids for e, t in zip(ended, ids)]
@@ -80,7 +81,7 @@ def stream(model: MoETransformer, prompts: list[list[int]], max_new_tokens: int 
                 rows = [row[-(limit // 2):] if n >= limit else row for row, n in zip(rows, cache.lengths)]
                 cache, logits_BV = _prefill(model, rows, limit, device)
             else:
-                logits_BV = model(torch.tensor(ids, device=device)[:, None], cache=cache).logits[:, -1]
+                logits_BV = decode(torch.tensor(ids, device=device), cache)
     finally:
         model.train(was_training)
 
@@ -104,24 +105,6 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None
         beyond_BV = probs_BV.cumsum(-1) - probs_BV >= top_p          # what comes before already holds top_p
         logits_BV = logits_BV.masked_fill(beyond_BV.gather(1, ids_BV.argsort(-1)), -torch.inf)
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(1)
-
-
-@torch.no_grad()
-def lay_out_for_decoding(model: MoETransformer) -> MoETransformer:
-    """Stores the matrices of `nn.Linear` transposed in memory, in place; names, shapes and values stay.
-
-    Writing one token multiplies a vector with every matrix, which is bound by reading them; in the transposed order one
-    sequence on one CPU thread comes out about a tenth faster, a batch or two threads hardly (LOG.md). `load` does it; training does not, where it would change the rounding.
-
-    >>> from minimoe.config import ModelConfig
-    >>> cfg = ModelConfig(vocab_size=9, dim=8, n_layers=1, n_heads=2, n_experts=1)
-    >>> lay_out_for_decoding(MoETransformer(cfg)).head.weight.stride()
-    (1, 9)
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = module.weight.data.t().contiguous().t()
-    return model
 
 
 def _prefill(model: MoETransformer, rows: list[list[int]], limit: int,

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from minimoe.checkpoint import write_safely
 from minimoe.config import ModelConfig
 from minimoe.data.tokenizer import Tokenizer
-from minimoe.generate import lay_out_for_decoding
+from minimoe.decode import lay_out_for_decoding
 from minimoe.model import MoETransformer
 from minimoe.settings import ConfigError, need
 

@@ -26,9 +26,9 @@ from minimoe.checkpoint import Run, checkpoints, load_state, save, save_state, s
 from minimoe.config import Config, DataConfig, GenerateConfig, TrainConfig, load_config
 from minimoe.data.loader import TextData, join, load_data
 from minimoe.data.tokenizer import Tokenizer
+from minimoe.decode import lay_out_for_decoding
 from minimoe.device import choose, tune_cpu
 from minimoe.experts import MoE
-from minimoe.generate import lay_out_for_decoding
 from minimoe.model import MoETransformer, shape_table
 from minimoe.optimizer import lr_scale, make_optimizer
 from minimoe.settings import ConfigError, need, to_dict

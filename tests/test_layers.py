@@ -19,7 +19,7 @@ LEVELS = [
     {"attention", "router"},
     {"balance", "experts"},
     {"model"},
-    {"generate", "lora", "parallel", "data", "optimizer"},
+    {"decode", "generate", "lora", "parallel", "data", "optimizer"},
     {"checkpoint"},
     {"trainer"},
     {"stages"},
@@ -176,7 +176,7 @@ def binary(call: ast.Call) -> bool:
     return any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
 
 
-ENGINE = [*CORE, "generate", "hub", "counts", "device"]
+ENGINE = [*CORE, "decode", "generate", "hub", "counts", "device"]
 
 
 @pytest.mark.parametrize("name", ENGINE)
