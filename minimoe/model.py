@@ -240,5 +240,37 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     >>> cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, -100]])).item()       # ln 4
     1.3862...
     """
-    total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100, reduction="sum")
+    total = SummedCrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten())
     return total / (targets_BT != -100).sum().clamp_min(1)
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[target], summed, from (N, V) and (N,), some rows at a time: at a large vocabulary the float32
+    copies that PyTorch's own makes of all rows would be the largest tensors of a training step.
+
+    >>> SummedCrossEntropy.apply(torch.zeros(3, 2), torch.tensor([0, 1, -100])).item() / 2        # ln 2
+    0.6931...
+    """
+
+    @staticmethod
+    def rows(logits_NV: Tensor) -> int:
+        return max(1, 2**19 // logits_NV.shape[1])          # two megabytes, so that a block stays in the cache
+
+    @staticmethod
+    def forward(ctx, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        ctx.save_for_backward(logits_NV, target_N)
+        rows = SummedCrossEntropy.rows(logits_NV)
+        blocks = zip(logits_NV.split(rows), target_N.split(rows))
+        return sum(F.cross_entropy(logits.float(), targets, reduction="sum") for logits, targets in blocks)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        logits_NV, target_N = ctx.saved_tensors
+        grad_NV, scale_N1 = torch.empty_like(logits_NV), (grad * (target_N != -100))[:, None]
+        rows = SummedCrossEntropy.rows(logits_NV)
+        for i in range(0, len(logits_NV), rows):
+            at = slice(i, i + rows)
+            probs = logits_NV[at].float().softmax(-1)
+            probs.scatter_add_(1, target_N[at].clamp_min(0)[:, None], probs.new_full((len(probs), 1), -1.0))
+            torch.mul(probs, scale_N1[at], out=grad_NV[at])
+        return grad_NV, None

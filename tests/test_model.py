@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minimoe import counts
 from minimoe.attention import KVCache, attend
 from minimoe.config import ModelConfig, load_config
-from minimoe.model import MoETransformer
+from minimoe.model import MoETransformer, cross_entropy
 from minimoe.settings import ConfigError
 
 BASE = ModelConfig(vocab_size=31, dim=24, n_layers=3, n_heads=4, n_kv_heads=2, max_seq_len=16, n_experts=4, top_k=2,
@@ -302,3 +302,18 @@ def test_scaled_positions_reach_further():
     plain = MoETransformer(dataclasses.replace(long, rope_scaling="none", rope_factor=1.0))
     assert torch.allclose(ntk.cos[:, 0], plain.cos[:, 0])               # the fastest pair as before,
     assert torch.allclose(ntk.cos[:, -1], stretched.cos[:, -1], atol=1e-5)      # the slowest as in linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_by_blocks_of_rows_equals_pytorchs(dtype):
+    logits = torch.randn(2, 150, 5000).to(dtype).requires_grad_()             # three blocks, the last one short
+    targets = torch.randint(5000, (2, 150))
+    targets[0, :40] = -100
+    cross_entropy(logits, targets).backward()
+    got, logits.grad = logits.grad, None
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    want.backward()
+    assert torch.allclose(cross_entropy(logits, targets), want, rtol=1e-6)
+    assert torch.allclose(got, logits.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
+    nothing = cross_entropy(logits, torch.full_like(targets, -100))
+    assert nothing.item() == 0 and torch.autograd.grad(nothing, logits)[0].abs().sum() == 0
