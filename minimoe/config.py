@@ -26,6 +26,8 @@ class TrainConfig:
     """Forward passes per update."""
     seq_len: int | None = None
     """Tokens per training sequence; null is the model's max_seq_len."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the rest, both at the same lr."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 0.1
@@ -35,7 +37,7 @@ class TrainConfig:
     warmup: int = 50
     """Updates of linear rise at the start."""
     weight_decay: float = 0.1
-    """AdamW's decay, on matrices only."""
+    """Decay of the weights, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averaging rates."""
     clip: float = 1.0
