@@ -23,7 +23,7 @@ LEVELS = [
     {"checkpoint"},
     {"trainer"},
     {"stages"},
-    {"evaluate", "hub", "explore", "chat", "doctor"},
+    {"evaluate", "hub", "explore", "chat", "doctor", "compare", "compare_figure"},
     {"course"},
     {"cli"},
     {"__main__"},

@@ -7,13 +7,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from minimoe.cli.comparing import compare
 from minimoe.cli.convert import export, import_folder
 from minimoe.cli.training import train
 from minimoe.cli.using import doctor, generate, info
 from minimoe.settings import ConfigError
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "generate": generate, "doctor": doctor, "info": info, "import": import_folder, "export": export}
+    "train": train, "generate": generate, "doctor": doctor, "info": info, "import": import_folder, "export": export,
+    "compare": compare}
 
 
 def main(argv: list[str] | None = None) -> int:
