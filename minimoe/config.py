@@ -78,9 +78,30 @@ class Source:
     """One part of a mixture."""
 
     corpus: str = "pydocs"
-    """Name of a corpus, or path of a text file."""
+    """Name of a corpus; path of a file or folder, or a pattern of files (txt, json, jsonl, csv, parquet, npy); or the
+    owner/name of a Hugging Face dataset."""
     ratio: float = 1.0
     """Share of the tokens; the ratios of a mixture are normalized to sum to one."""
+    percentage: float = 100.0
+    """How much of the source is used at all, in percent; which documents is decided by a hash of each."""
+    domains: tuple[str, ...] = ()
+    """Labels of the documents that are used; none named, all are."""
+    streaming: bool = False
+    """Read document after document while training, in bounded memory, instead of all at the start."""
+    subset: str | None = None
+    """Subset of a dataset."""
+    split: str | None = None
+    """Split of a dataset; null is train."""
+    field: str | None = None
+    """Field or column that holds the text or the chat messages; null is text, else messages."""
+    held_out: str | None = None
+    """Path of a text that is only measured on; null holds out a part of the source itself."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "domains", (self.domains,) if isinstance(self.domains, str) else self.domains)
+        check_choices(self)
+        need(self.ratio > 0, f"mixture: ratio={self.ratio} of {self.corpus!r} must be above 0")
+        need(0 < self.percentage <= 100, f"mixture: percentage={self.percentage} of {self.corpus!r}: above 0, at most 100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,21 +109,31 @@ class DataConfig:
     """What a model reads."""
 
     mixture: tuple[Source, ...] = (Source(),)
-    """The sources: one name, a list of names (equal shares), or a list of {corpus, ratio}."""
+    """The sources: one name, a list of names (equal shares), or a list of {corpus, ratio, percentage, domains, ...}."""
+    strategy: Literal["weighted", "equal", "proportional"] = "weighted"
+    """Shares of the sources: by their ratios, all the same, or by their numbers of tokens."""
+    until: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
+    """With all_exhausted a source that has been read begins anew until the steps are done; with first_exhausted the run
+    ends when the first source has been read once, if that is before the last step."""
+    workers: int = 0
+    """Batches that a thread prepares ahead of the training step."""
+    pin_memory: bool = False
+    """Put batches into page-locked memory, from which a GPU copies faster."""
     tokenizer: str = "bpe"
     """bpe (trained on the training text), characters, bytes, or the path of a tokenizer.json."""
     tokenizer_vocab: int = 1024
     """Vocabulary of a trained bpe tokenizer, the specials included."""
 
     def __post_init__(self) -> None:
-        entries = [self.mixture] if isinstance(self.mixture, str) else self.mixture
+        entries = [self.mixture] if isinstance(self.mixture, str | Source) else self.mixture
         need(len(entries) > 0, "mixture is empty: name at least one corpus, for example mixture: pydocs")
         sources = tuple(Source(corpus=e) if isinstance(e, str) else e for e in entries)
         object.__setattr__(self, "mixture", sources)
-        for s in sources:
-            need(s.ratio > 0, f"mixture: ratio={s.ratio} of {s.corpus!r} must be above 0")
-        names = [s.corpus for s in sources]
-        need(len(set(names)) == len(names), f"mixture: {max(names, key=names.count)!r} is named twice; add its ratios")
+        check_choices(self)
+        parts = [(s.corpus, s.subset, s.split, s.field, s.domains) for s in sources]
+        need(len(set(parts)) == len(parts),
+             f"mixture: {max(parts, key=parts.count)[0]!r} is named twice; add its ratios")
+        need(self.workers >= 0, f"workers={self.workers}: must not be negative")
         need(self.tokenizer_vocab >= 261, f"tokenizer_vocab={self.tokenizer_vocab}: at least 261 (bytes and specials)")
 
 

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from minimoe import balance
 from minimoe.checkpoint import Run, checkpoints, load_state, save, save_state, save_weights, write_safely
-from minimoe.config import Config, DataConfig, GenerateConfig, TrainConfig, load_config
-from minimoe.data.loader import TextData, join, load_data
+from minimoe.config import Config, DataConfig, GenerateConfig, Source, TrainConfig, load_config
+from minimoe.data.loader import TextData, join, load_data, shortened
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
 from minimoe.device import choose, tune_cpu
@@ -56,6 +56,7 @@ class Trainer:
         self.seq_len = train.seq_len or model.cfg.max_seq_len
         if self.seq_len > model.cfg.max_seq_len:
             raise ConfigError(f"seq_len={self.seq_len} is more than max_seq_len={model.cfg.max_seq_len}")
+        self.cfg = train = shortened(train, self.data, self.seq_len)
         self.config = Config(model=model.cfg, train=train, data=data_cfg, generate=generate or GenerateConfig())
         self.model = model.to(self.choice.device)
         self.model.recompute(train.recompute)
@@ -113,6 +114,8 @@ class Trainer:
 
     def _save_state(self) -> None:
         progress = {"step": self.step, "best": self.best, "seconds": self.seconds, "since": self.since}
+        if isinstance(self.data, TextData):
+            progress["data"] = self.data.mixture.state()
         save_state(self.out, self.step, self.model, self.optimizer, progress, self.cfg.keep)
 
     def _restore(self) -> None:
@@ -122,6 +125,8 @@ class Trainer:
                             "name another folder")
         progress = load_state(checkpoints(self.out)[-1], self.model, self.optimizer)
         self.step, self.best, self.seconds, self.since = (progress[k] for k in ("step", "best", "seconds", "since"))
+        if isinstance(self.data, TextData):
+            self.data.mixture.restore(progress.get("data", {}))
         path = self.out / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
@@ -187,7 +192,7 @@ class Trainer:
                 order = np.random.Generator(np.random.Philox((self.cfg.seed << 32) + i // n)).permutation(n)
                 picks.append(self.data[int(order[i % n])])
             inputs_BT, targets_BT = (torch.stack([torch.as_tensor(p[j]) for p in picks]) for j in (0, 1))
-        return inputs_BT.to(self.choice.device), targets_BT.to(self.choice.device)
+        return tuple(t.to(self.choice.device, non_blocking=t.is_pinned()) for t in (inputs_BT, targets_BT))
 
     def _row(self, since: list[dict], routing_stats: list[dict]) -> dict:
         row = {"step": self.step, "tokens": self.step * self.cfg.batch_size * self.cfg.accumulate * self.seq_len,
@@ -261,14 +266,23 @@ def differences(a: Config, b: Config) -> list[str]:
     ['steps was 500, is 7']
     """
     pairs = [(name, old, new) for section, values in to_dict(a).items() for name, old in values.items()
-             if (new := to_dict(b)[section][name]) != old and name != "device"]
-    return [f"{name} was {old}, is {new}" for name, old, new in pairs]
+             if (new := to_dict(b)[section][name]) != old and name not in ("device", "workers", "pin_memory")]
+    return [f"{name} was {_spell(old)}, is {_spell(new)}" for name, old, new in pairs]
+
+
+def _spell(value: object) -> object:
+    """A setting in few words: of the sources of a mixture only what is not the default."""
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return value
+    default = to_dict(Source())
+    return " + ".join(" ".join([s["corpus"], *(f"{k}={v}" for k, v in s.items() if k != "corpus" and v != default[k])])
+                      for s in value)
 
 
 def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[object, DataConfig]:
     if isinstance(data, TextData):
         names = [s.name for s in data.mixture.streams]
-        return data, DataConfig(mixture=tuple(names))
+        return data, data.config or DataConfig(mixture=tuple(names))
     if isinstance(data, (str, DataConfig)):
         cfg = DataConfig(mixture=data, tokenizer_vocab=max(261, vocab_size)) if isinstance(data, str) else data
         return load_data(cfg, tokenizer), cfg
@@ -295,19 +309,19 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
     trainer.config = config
     for line in trainer.choice.reasons:
         say(line)
-    say(data.mixture.describe(config.train.steps * config.train.batch_size * config.train.accumulate * trainer.seq_len))
+    say(data.mixture.describe(trainer.cfg.steps * config.train.batch_size * config.train.accumulate * trainer.seq_len))
     m = config.model
     say(f"model: {m.num_params():,} parameters, {m.active_params():,} active per token, "
         f"{m.flops_per_token(trainer.seq_len):,} forward FLOPs per token\n{shape_table(m)}")
     if goes_on:
         say(f"goes on from step {int(checkpoints(Path(out))[-1].name)}")
     run = trainer.fit(resume=resume, stop_after=stop_after)
-    if trainer.step < config.train.steps:
-        say(f"stopped at step {trainer.step} of {config.train.steps}; the same command with --resume goes on")
+    if trainer.step < trainer.cfg.steps:
+        say(f"stopped at step {trainer.step} of {trainer.cfg.steps}; the same command with --resume goes on")
     for prompt in samples:
         try:
             run.encode(prompt)
         except ValueError:                      # characters that this text does not have: begin as the text does
-            prompt = data.corpora[0].train[0].text[:16]
+            prompt = (data.corpora[0].train or data.corpora[0].held_out)[0].text[:16]
         say(f"--- {prompt!r}\n{prompt}{run.generate(prompt, max_new_tokens=60)}")
     return run

@@ -1,4 +1,4 @@
-"""Named texts that are there on every machine, and text files of your own.
+"""Named texts that are there on every machine, and texts of your own.
 
 `pydocs` the interpreter's reference topics (prose), `stdlib` its library sources (code), `worlds` generated text that is
 the same on every machine and Python version. Each document carries a domain label; held-out documents are never
@@ -6,62 +6,107 @@ training text, and no paragraph of theirs stands in it.
 """
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import sysconfig
+import urllib.request
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from minimoe.settings import ConfigError
+from minimoe.config import Source
+from minimoe.data.held_out import SHORT, Corpus, Document, split, tenth, without
+from minimoe.data.sources import Piece, files_of, kind, read_dataset, read_file
+from minimoe.settings import ConfigError, need
 
-HELD_OUT_LIMIT = 65_536      # characters: more would only make every look at the held-out text slower
 NAMES = ("pydocs", "stdlib", "worlds", "tiny_shakespeare")
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+               "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text with its name and its domain ("prose", "code", "arithmetic" …)."""
-
-    name: str
-    text: str
-    domain: str
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A named text, already split: `train` is learned from, `held_out` only measured on."""
-
-    name: str
-    train: tuple[Document, ...]
-    held_out: tuple[Document, ...]
-
-
-def load_corpus(name: str) -> Corpus:
-    """The corpus of that name, or the text file or folder at that path.
+def load_corpus(source: str | Source) -> Corpus:
+    """The corpus of that name, or the texts at that path or of that dataset, read whole.
 
     Raises ConfigError naming what is known, for an unknown name, an empty file, or a file that is not UTF-8.
 
     >>> load_corpus("worlds").train[0].domain
     'arithmetic'
     """
-    if name in ("pydocs", "stdlib", "worlds"):
-        return {"pydocs": _pydocs, "stdlib": _stdlib, "worlds": worlds}[name]()
-    if name == "tiny_shakespeare":
-        path = Path(os.environ.get("MINIMOE_DATA", "dataset")) / "tinyshakespeare.txt"
-        if not path.is_file():
-            raise ConfigError(f"tiny_shakespeare: {path} is not there; put tinyshakespeare.txt into that folder, "
-                              "or name its folder in the variable MINIMOE_DATA")
-        return _split_text("tiny_shakespeare", _read(path), "prose")
-    path = Path(name)
-    if path.is_file():
-        return _split_text(path.stem, _read(path), "text")
-    if path.is_dir():
-        files = sorted(path.glob("*.txt"))
-        if not files:
-            raise ConfigError(f"{path}: no .txt file in this folder")
-        return _hold_out(path.name, [Document(f.stem, _read(f), "text") for f in files])
-    raise ConfigError(f"corpus {name!r}: neither a known name ({', '.join(NAMES)}) nor a file or folder that exists")
+    source = Source(corpus=source) if isinstance(source, str) else source
+    name = label(source)
+    if source.corpus in ("pydocs", "stdlib", "worlds"):
+        corpus = {"pydocs": _pydocs, "stdlib": _stdlib, "worlds": worlds}[source.corpus]()
+        parts = [tuple(d for d in docs if wanted(d.text, d.domain, source)) for docs in (corpus.train, corpus.held_out)]
+        need(bool(parts[0]), f"{source.corpus}: no document left by domains={list(source.domains)}, percentage="
+                             f"{source.percentage:g}; its domains are {', '.join(sorted({d.domain for d in corpus.train}))}")
+        corpus = Corpus(name, *parts)
+        documents = [*corpus.train, *corpus.held_out]
+    else:
+        documents, corpus = documents_of(source), None
+    if source.held_out:
+        held = documents_of(replace(source, corpus=source.held_out, held_out=None, percentage=100.0, domains=()))
+        return Corpus(name, tuple(documents), without(documents, held))
+    return corpus or split(name, documents)
+
+
+def label(source: Source) -> str:
+    """What a source is called in the tree and the measurements."""
+    path = Path(source.corpus)
+    name = path.stem if path.is_file() else path.name if path.is_dir() else source.corpus
+    return "/".join([name, *filter(None, (source.subset, source.split, "+".join(source.domains)))])
+
+
+def documents_of(source: Source) -> list[Document]:
+    """All documents of files or of a dataset, less what `percentage` and `domains` leave out."""
+    documents, seen, of_one, not_empty = [], set(), None, False
+    for name, piece in pieces(source):
+        seen.add(piece.domain)
+        not_empty = not_empty or bool(piece.text.strip())
+        if not wanted(piece.text, piece.domain, source):
+            continue
+        if piece.begins or of_one != name:
+            documents.append((name, [piece.text], piece.domain))
+        else:
+            documents[-1][1].append(piece.text)
+        of_one = name
+    whole = [Document(f"{name} {i}" if i else name, "".join(texts), domain) for i, (name, texts, domain) in enumerate(documents)]
+    need(not_empty, f"{source.corpus}: the file is empty; name a text file with something in it")
+    need(any(d.text.strip() for d in whole), f"{source.corpus}: no text left by domains={list(source.domains)}, percentage="
+                                             f"{source.percentage:g}; its domains are {', '.join(sorted(seen))}")
+    return whole
+
+
+def pieces(source: Source) -> Iterable[tuple[str, Piece]]:
+    """The pieces of files or of a dataset, each with the name of its file."""
+    if kind(source) == "dataset":
+        return ((source.corpus, piece) for piece in read_dataset(source))
+    return ((f.stem, piece) for f, domain in find_files(source).items() for piece in read_file(f, source, domain)
+            if piece.text)
+
+
+def find_files(source: Source) -> dict[Path, str]:
+    """The files of a source and their domains; a corpus that is nowhere is told with those that are known."""
+    if source.corpus == "tiny_shakespeare":
+        return {_shakespeare(): "prose"}
+    if source.corpus == "stdlib":
+        return dict.fromkeys(_library(), "code")
+    found = files_of(source.corpus)
+    need(bool(found), f"corpus {source.corpus!r}: neither a known name ({', '.join(NAMES)}) nor a file or folder that exists "
+                      "nor the owner/name of a dataset")
+    return found
+
+
+def wanted(text: str, domain: str, source: Source) -> bool:
+    """Whether `percentage` and `domains` keep this text: the same answer in every run.
+
+    >>> 2400 < sum(wanted(str(i), "prose", Source(percentage=25.0)) for i in range(10_000)) < 2600
+    True
+    """
+    if source.domains and domain not in source.domains or not text:
+        return False
+    return source.percentage == 100 or zlib.crc32(text.encode()) // 10 % 100_000 < source.percentage * 1000
 
 
 def worlds(documents: int = 1200, seed: int = 0) -> Corpus:
@@ -87,64 +132,57 @@ def _pydocs() -> Corpus:
 
 
 def _stdlib() -> Corpus:
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = [p for p in sorted(folder.glob("*.py")) if 2_000 < p.stat().st_size < 120_000]
-    return _hold_out("stdlib", [Document(p.stem, p.read_text(encoding="utf-8"), "code") for p in files])
+    return _hold_out("stdlib", [Document(p.stem, p.read_text(encoding="utf-8"), "code") for p in _library()])
+
+
+def _library() -> list[Path]:
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return [p for p in files if 2_000 < p.stat().st_size < 120_000]
 
 
 def _hold_out(name: str, documents: list[Document]) -> Corpus:
-    """Holds out about a tenth of the documents, by a hash of their names and 64 kB at most, and every paragraph stands
-    only once.
+    """Holds out about a tenth of the documents, and every paragraph stands only once.
 
     Paragraphs repeat between documents (39 % of the characters of pydocs): the first document in the order given keeps
     it, training documents before held-out ones, so that nothing held out has been read.
     """
-    is_held, size = {}, 0
-    for d in documents:
-        is_held[d.name] = zlib.crc32(d.name.encode()) % 10 == 0 and size + len(d.text) <= HELD_OUT_LIMIT
-        size += len(d.text) * is_held[d.name]
+    is_held = tenth(documents)
     seen: set[str] = set()
     kept: dict[str, Document] = {}
     for d in sorted(documents, key=lambda d: is_held[d.name]):
         paragraphs = []
         for p in d.text.split("\n\n"):
-            if p.strip() not in seen or len(p.strip()) < 40:
+            if p.strip() not in seen or len(p.strip()) < SHORT:
                 paragraphs.append(p)
             seen.add(p.strip())
         text = "\n\n".join(paragraphs).strip("\n") + "\n"
         if text.strip():
             kept[d.name] = Document(d.name, text, d.domain)
     train = tuple(d for d in kept.values() if not is_held[d.name])
-    return Corpus(name, train, _without(train, [d for d in kept.values() if is_held[d.name]]))
+    return Corpus(name, train, without(train, [d for d in kept.values() if is_held[d.name]]))
 
 
-def _split_text(name: str, text: str, domain: str) -> Corpus:
-    """One long text: the last tenth is held out, cut at a line."""
-    cut = text.rfind("\n", 0, int(len(text) * 0.9)) + 1 or int(len(text) * 0.9)
-    train = (Document(name, text[:cut], domain),)
-    return Corpus(name, train, _without(train, [Document(f"{name}, last tenth", text[cut:], domain)]))
+def _shakespeare() -> Path:
+    path = Path(os.environ.get("MINIMOE_DATA", "dataset")) / "tinyshakespeare.txt"
+    if not path.is_file():
+        try:
+            download(*SHAKESPEARE, path)
+        except (OSError, ConfigError) as error:
+            raise ConfigError(f"tiny_shakespeare: {path} is not there, and {SHAKESPEARE[0]} cannot be had ({error}); put "
+                              "tinyshakespeare.txt into that folder, or name its folder in the variable MINIMOE_DATA") from None
+    return path
 
 
-def _without(train: tuple[Document, ...], held_out: list[Document]) -> tuple[Document, ...]:
-    """Held-out documents less the paragraphs of 40 characters or more that stand anywhere in the training text."""
-    everything = "\0".join(d.text for d in train)
-    result = []
-    for d in held_out:
-        own = [p for p in d.text.split("\n\n") if len(p.strip()) < 40 or p.strip() not in everything]
-        if "".join(own).strip():
-            result.append(Document(d.name, "\n\n".join(own), d.domain))
-    return tuple(result)
-
-
-def _read(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
-    if not text.strip():
-        raise ConfigError(f"{path}: the file is empty; name a text file with something in it")
-    return text
+def download(url: str, sha256: str, path: Path) -> None:
+    """Fetches a file; only one that is whole comes to stand at `path`."""
+    with urllib.request.urlopen(url, timeout=30) as reply:
+        raw = reply.read()
+    got = hashlib.sha256(raw).hexdigest()
+    need(got == sha256, f"{len(raw)} bytes with SHA-256 {got[:12]}… came, not {sha256[:12]}…")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_bytes(raw)
+    os.replace(part, path)
 
 
 # --- generated worlds ------------------------------------------------------------------------------------------------

@@ -2,48 +2,199 @@
 from __future__ import annotations
 
 import lzma
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+import torch
 
-from minimoe.config import DataConfig
-from minimoe.data.corpora import Corpus, Document, load_corpus
+from minimoe.config import DataConfig, Source, TrainConfig
+from minimoe.data.corpora import label, load_corpus
+from minimoe.data.held_out import HELD_OUT_LIMIT, Corpus, Document, Overlap, less
 from minimoe.data.mixture import Mixture, Stream
+from minimoe.data.sources import kind
+from minimoe.data.stream import RawStream, encoder
 from minimoe.data.tokenizer import Tokenizer, make_tokenizer
+from minimoe.settings import ConfigError, need
+
+SAMPLE = 2_000_000      # characters of a stream that a tokenizer learns from
 
 
 @dataclass(frozen=True)
 class TextData:
     """What `Trainer` takes: the `mixture` to learn from, the `corpora` whose held-out text is measured on, and the
-    `tokenizer` of both."""
+    `tokenizer` of both; with the `config` that it was made from."""
 
     mixture: Mixture
     corpora: tuple[Corpus, ...]
     tokenizer: Tokenizer
+    config: DataConfig | None = None
 
 
 def join(documents: tuple[Document, ...], tokenizer: Tokenizer) -> np.ndarray:
     """The documents' tokens, one after the other, with end-of-text before each (where the vocabulary has one)."""
-    mark = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    return np.concatenate([np.array(mark + tokenizer.encode(d.text), dtype=np.int32) for d in documents])
+    mark, encode = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text], encoder(tokenizer)
+    return np.concatenate([part for d in documents for part in (np.array(mark, np.int32), encode(d.text))])
 
 
 def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> TextData:
-    """Reads the corpora, trains or loads the tokenizer, and packs the tokens.
+    """Reads or opens the sources, trains or loads the tokenizer, and packs the tokens.
 
     >>> data = load_data(DataConfig(mixture="worlds", tokenizer="characters"))
     >>> inputs, targets = data.mixture.batch(0, batch_size=2, seq_len=8, seed=0)
     >>> inputs.shape, bool((inputs[:, 1:] == targets[:, :-1]).all())
     (torch.Size([2, 8]), True)
     """
-    corpora = [load_corpus(s.corpus) for s in cfg.mixture]
+    opened = [_open(source) for source in cfg.mixture]
     if tokenizer is None:
-        texts = [d.text for c in corpora for d in c.train]
-        if cfg.tokenizer == "bpe":
-            texts = in_shares(corpora, [s.ratio for s in cfg.mixture])
-        tokenizer = make_tokenizer(cfg.tokenizer, texts, cfg.tokenizer_vocab)
-    streams = tuple(Stream(c.name, join(c.train, tokenizer)) for c in corpora)
-    return TextData(Mixture(streams, tuple(s.ratio for s in cfg.mixture)), tuple(corpora), tokenizer)
+        tokenizer = _make_tokenizer(cfg, opened)
+    opened = [_with_text(o, tokenizer) if isinstance(o, Tokens) else o for o in opened]
+    names = _unique([o.name for o in opened])
+    held = _apart(opened, tokenizer)
+    corpora = [Corpus(name, o.train if isinstance(o, Corpus) else (), h) for name, o, h in zip(names, opened, held)]
+    avoid, streams = Overlap(d for h in held for d in h), []
+    for name, o in zip(names, opened):
+        if isinstance(o, RawStream):
+            o.name = name
+            o.prepare(tokenizer, avoid)
+        streams.append(o if isinstance(o, RawStream) else
+                       Stream(name, o.train if isinstance(o, Tokens) else join(o.train, tokenizer)))
+    sizes = [s.size for s in streams]
+    need(cfg.strategy != "proportional" or None not in sizes,
+         f"strategy=proportional: how long {', '.join(s.name for s in streams if s.size is None)} is shows only when it has "
+         "been read; write weighted and give ratios")
+    ratios = {"weighted": [s.ratio for s in cfg.mixture], "equal": [1.0] * len(streams), "proportional": sizes}
+    need(not cfg.pin_memory or torch.cuda.is_available(), "pin_memory: there is no CUDA device to copy to; leave it out")
+    mixture = Ahead(tuple(streams), tuple(ratios[cfg.strategy]), cfg.workers, cfg.pin_memory)
+    return TextData(mixture, tuple(corpora), tokenizer, cfg)
+
+
+def _open(source: Source) -> Corpus | Tokens | RawStream:
+    """The one place that asks what kind a source is: text read whole, text read while training, or tokens."""
+    if kind(source) == "tokens":
+        return Tokens.open(source)
+    return RawStream(source) if source.streaming else load_corpus(source)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids from a .npy file, read where they lie on disk; the end of the file is held out."""
+
+    name: str
+    train: np.ndarray
+    end: np.ndarray
+    held_out: tuple[Document, ...] = ()
+
+    @classmethod
+    def open(cls, source: Source) -> Tokens:
+        try:
+            ids = np.load(source.corpus, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{source.corpus}: not a .npy file of token ids ({str(error)[:80]})") from None
+        need(ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids) > 1,
+             f"{source.corpus}: {ids.dtype} of shape {ids.shape}; token ids are one row of whole numbers")
+        need(not source.domains and source.percentage == 100, f"{source.corpus}: token ids have neither domains nor a "
+                                                              "percentage; leave them out")
+        if source.held_out:
+            return cls(label(source), ids, ids[:0], load_corpus(Source(corpus=source.held_out)).train)
+        cut = len(ids) - min(HELD_OUT_LIMIT, len(ids) // 10)
+        return cls(label(source), ids[:cut], ids[cut:])
+
+
+def _with_text(t: Tokens, tokenizer: Tokenizer) -> Tokens:
+    top = int(max(t.train.max(), t.end.max(initial=0)))
+    need(top < tokenizer.vocab_size, f"{t.name}: token {top} is not in this tokenizer's vocabulary of {tokenizer.vocab_size}; "
+                                     "name the tokenizer that the file was made with")
+    text = tokenizer.decode(t.end.tolist())
+    return replace(t, held_out=t.held_out or (Document(f"{t.name}, end", text, "text"),))
+
+
+def _make_tokenizer(cfg: DataConfig, opened: list[Corpus | Tokens | RawStream]) -> Tokenizer:
+    ids = next((o.name for o in opened if isinstance(o, Tokens)), None)
+    need(ids is None or cfg.tokenizer not in ("bpe", "characters"),
+         f"tokenizer={cfg.tokenizer}: {ids} holds token ids already; name the tokenizer.json that they were made with")
+    if cfg.tokenizer not in ("bpe", "characters"):
+        return make_tokenizer(cfg.tokenizer, [], cfg.tokenizer_vocab)
+    read = [Corpus(o.name, o.sample(SAMPLE), ()) if isinstance(o, RawStream) else o for o in opened]
+    texts = in_shares(read, [s.ratio for s in cfg.mixture]) if cfg.tokenizer == "bpe" else [
+        d.text for c in read for d in c.train]
+    return make_tokenizer(cfg.tokenizer, texts, cfg.tokenizer_vocab)
+
+
+def _apart(opened: list[Corpus | Tokens | RawStream], tokenizer: Tokenizer) -> list[tuple[Document, ...]]:
+    """The held-out documents of every source, less the paragraphs that stand in what any of them trains on; what stands in
+    a stream is left out there, while it is read."""
+    overlap = Overlap(d for o in opened for d in o.held_out)
+    reach = max((len(p.encode()) for group in overlap.of_gram.values() for p in group), default=0)
+    found: set[str] = set()
+    for o in opened:
+        if isinstance(o, Corpus) and len(opened) > 1:               # alone it has done so itself
+            found = found.union(*(overlap.found(d.text) for d in o.train))
+        elif isinstance(o, Tokens):
+            for start in range(0, len(o.train), 1 << 18):
+                found |= overlap.found(tokenizer.decode(o.train[start:start + (1 << 18) + reach].tolist()))
+    return [less(o.held_out, found) for o in opened]
+
+
+def _unique(names: list[str]) -> list[str]:
+    """The same names, but "a (2)" for the second a."""
+    return [n if names[:i].count(n) == 0 else f"{n} ({names[:i].count(n) + 1})" for i, n in enumerate(names)]
+
+
+@dataclass(frozen=True)
+class Ahead(Mixture):
+    """A mixture whose next batches a thread prepares while the model computes; the batches are the same."""
+
+    workers: int = 0
+    pin_memory: bool = False
+
+    @cached_property
+    def _ahead(self) -> dict:
+        return {"thread": ThreadPoolExecutor(1), "made": {}, "last": None, "state": None}       # one: streams are read in order
+
+    def batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (B, T) of one step; the steps after it, at the same distance as from the last, are begun."""
+        rest = (batch_size, seq_len, seed)
+        if not self.workers:
+            return self._make((step, *rest))[0]
+        ahead, made = self._ahead, self._ahead["made"]
+        stride = max(1, step - ahead["last"]) if ahead["last"] is not None else 1
+        if (step, *rest) not in made:
+            self._forget()
+        for s in range(step, step + (self.workers + 1) * stride, stride):
+            if (s, *rest) not in made:
+                made[(s, *rest)] = ahead["thread"].submit(self._make, (s, *rest))
+        batch, ahead["state"] = made.pop((step, *rest)).result()
+        ahead["last"] = step
+        return batch
+
+    def _make(self, key: tuple[int, int, int, int]) -> tuple[tuple[torch.Tensor, torch.Tensor], dict]:
+        batch = super().batch(*key)
+        return tuple(t.pin_memory() for t in batch) if self.pin_memory else batch, super().state() if self.workers else {}
+
+    def _forget(self) -> None:
+        while self._ahead["made"]:
+            _, future = self._ahead["made"].popitem()
+            if not future.cancel():
+                future.exception()              # waits: nothing may read on behind our back
+
+    def state(self) -> dict[str, dict]:
+        """Where the streams stood after the batch that was given last."""
+        return self._ahead["state"] or super().state()
+
+    def restore(self, state: dict[str, dict]) -> None:
+        self._forget()
+        self._ahead.update(state=None, last=None)
+        super().restore(state)
+
+
+def shortened(train: TrainConfig, data: object, seq_len: int) -> TrainConfig:
+    """The same settings with the number of steps that `until` leaves: all, or those until the first source is read."""
+    if getattr(getattr(data, "config", None), "until", "") != "first_exhausted":
+        return train
+    return replace(train, steps=min(train.steps, data.mixture.steps_until(train.batch_size * train.accumulate, seq_len,
+                                                                         train.seed)))
 
 
 def in_shares(corpora: list[Corpus], ratios: list[float]) -> list[str]:
