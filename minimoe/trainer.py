@@ -308,6 +308,6 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
         try:
             run.encode(prompt)
         except ValueError:                      # characters that this text does not have: begin as the text does
-            prompt = data.corpora[0].train[0].text[:16]
+            prompt = data.tokenizer.decode(data.mixture.streams[0].tokens.take(range(16), mode="wrap"))
         say(f"--- {prompt!r}\n{prompt}{run.generate(prompt, max_new_tokens=60)}")
     return run

@@ -51,8 +51,9 @@ def train(argv: list[str]) -> None:
         data = load_data(args.settings.data, run.tokenizer)
         for corpus in data.corpora:
             measured = best["val"][corpus.name]
-            print(f"held-out {corpus.name}: {measured:.3f} bits per byte at step {best['step']}; xz -9e, given all "
-                  f"training text, {xz_bits_per_byte(data, corpus):.3f}")
+            xz = "" if any(not c.train for c in data.corpora) else (     # token shards keep their training text to themselves
+                f"; xz -9e, given all training text, {xz_bits_per_byte(data, corpus):.3f}")
+            print(f"held-out {corpus.name}: {measured:.3f} bits per byte at step {best['step']}{xz}")
     if rows:
         print(f"{rows[-1]['tokens']:,} tokens in {rows[-1]['seconds']:.0f} s of training; saved {out}\n"
               f'next: minimoe generate {out} --prompt "The for statement"')

@@ -9,6 +9,7 @@ import numpy as np
 from minimoe.config import DataConfig
 from minimoe.data.corpora import Corpus, Document, load_corpus
 from minimoe.data.mixture import Mixture, Stream
+from minimoe.data.shards import Shards, fitting_tokenizer, is_shards
 from minimoe.data.tokenizer import Tokenizer, make_tokenizer
 
 
@@ -36,13 +37,16 @@ def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> TextData:
     >>> inputs.shape, bool((inputs[:, 1:] == targets[:, :-1]).all())
     (torch.Size([2, 8]), True)
     """
-    corpora = [load_corpus(s.corpus) for s in cfg.mixture]
+    shards = {s.corpus: Shards(s.corpus) for s in cfg.mixture if is_shards(s.corpus)}
+    if shards:
+        tokenizer = fitting_tokenizer(shards.values(), tokenizer, cfg.tokenizer)
+    corpora = [shards[s.corpus].corpus(tokenizer) if s.corpus in shards else load_corpus(s.corpus) for s in cfg.mixture]
     if tokenizer is None:
         texts = [d.text for c in corpora for d in c.train]
         if cfg.tokenizer == "bpe":
             texts = in_shares(corpora, [s.ratio for s in cfg.mixture])
         tokenizer = make_tokenizer(cfg.tokenizer, texts, cfg.tokenizer_vocab)
-    streams = tuple(Stream(c.name, join(c.train, tokenizer)) for c in corpora)
+    streams = tuple(Stream(c.name, shards.get(s.corpus) or join(c.train, tokenizer)) for s, c in zip(cfg.mixture, corpora))
     return TextData(Mixture(streams, tuple(s.ratio for s in cfg.mixture)), tuple(corpora), tokenizer)
 
 

@@ -15,7 +15,8 @@ BLOCK = 1024        # windows; within each block every source has its exact shar
 
 @dataclass(frozen=True)
 class Stream:
-    """One source: its documents as one endless ring of tokens, end-of-text between documents."""
+    """One source: its documents as one endless ring of tokens, end-of-text between documents. `tokens` is an array, or
+    anything else with its `len` and `take`."""
 
     name: str
     tokens: np.ndarray
@@ -35,7 +36,7 @@ class Stream:
         first, end = -(-epoch * n // seq_len), -(-(epoch + 1) * n // seq_len)
         shuffled = first + _permutation(end - first, (seed, epoch, *self.name.encode()))[index - first]
         start = int(shuffled) * seq_len % n
-        return np.take(self.tokens, range(start, start + seq_len + 1), mode="wrap")
+        return self.tokens.take(range(start, start + seq_len + 1), mode="wrap")
 
 
 @dataclass(frozen=True)
