@@ -69,7 +69,7 @@ class Shards:
         ends = np.cumsum([d["tokens"] for d in self.index["held_out_documents"]], dtype=int)
         texts = [tokenizer.decode(ids.tolist()) for ids in np.split(tokens, ends)[:-1]]
         held = [Document(d["name"], text, d["domain"]) for d, text in zip(self.index["held_out_documents"], texts)]
-        return Corpus(self.folder.resolve().name, (), tuple(held))
+        return Corpus(str(self.folder), (), tuple(held))
 
 
 def is_shards(path: str | Path) -> bool:
