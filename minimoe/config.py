@@ -120,7 +120,8 @@ class DataConfig:
     pin_memory: bool = False
     """Put batches into page-locked memory, from which a GPU copies faster."""
     tokenizer: str = "bpe"
-    """bpe (trained on the training text), characters, bytes, or the path of a tokenizer.json."""
+    """bpe (trained on the training text, or that of the token shards), characters, bytes, gpt2 and o200k (rank files in
+    MINIMOE_DATA), or the path of a tokenizer.json or of a run."""
     tokenizer_vocab: int = 1024
     """Vocabulary of a trained bpe tokenizer, the specials included."""
 
@@ -151,8 +152,11 @@ class GenerateConfig:
     """Draw among the likeliest tokens that hold this share of the probability."""
     stop: tuple[str, ...] = ()
     """Texts that end the writing; they are not shown."""
+    chat_template: Literal["turns"] = "turns"
+    """How the turns of a conversation are marked, the same in fine-tuning, chat and evaluation."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         need(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: must be at least 1")
         need(self.temperature >= 0, f"temperature={self.temperature}: must not be negative")
         need(self.sample_top_k is None or self.sample_top_k >= 1,

@@ -322,6 +322,6 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
         try:
             run.encode(prompt)
         except ValueError:                      # characters that this text does not have: begin as the text does
-            prompt = (data.corpora[0].train or data.corpora[0].held_out)[0].text[:16]
+            prompt = next((d.text for c in data.corpora for d in (*c.train, *c.held_out)), "the")[:16]
         say(f"--- {prompt!r}\n{prompt}{run.generate(prompt, max_new_tokens=60)}")
     return run

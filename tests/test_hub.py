@@ -340,7 +340,7 @@ def sentencepiece(path: Path) -> None:
 def test_import_without_a_tokenizer(tmp_path, capsys):
     """It says so, evaluates on ids, and says what is missing when it is given a text."""
     folder = written(tmp_path, "Mixtral", MIXTRAL)
-    for number, write in enumerate([lambda p: None, lambda p: p.write_text("{}", encoding="utf-8"), Tokenizer.bytes().save, sentencepiece]):
+    for number, write in enumerate([lambda p: None, lambda p: p.write_text("{}", encoding="utf-8"), Tokenizer.bytes().save]):
         write(folder / "tokenizer.json")
         run = str(tmp_path / f"run{number}")
         assert main(["import", str(folder), "--out", run]) == 0
@@ -348,3 +348,6 @@ def test_import_without_a_tokenizer(tmp_path, capsys):
         assert len(generate(load(run).model, [1, 2, 3], 5)) == 5
     with pytest.raises(ConfigError, match="no tokenizer.json"):
         load(run).generate("a text")
+    sentencepiece(folder / "tokenizer.json")
+    assert main(["import", str(folder), "--out", str(tmp_path / "merging")]) == 0
+    assert load(tmp_path / "merging").encode("aab") == [4, 6]       # not taken for one token a character

@@ -9,13 +9,14 @@ from collections.abc import Callable
 
 from minimoe.cli.comparing import compare
 from minimoe.cli.convert import export, import_folder
+from minimoe.cli.data import data
 from minimoe.cli.training import train
 from minimoe.cli.using import doctor, generate, info
 from minimoe.settings import ConfigError
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train, "generate": generate, "doctor": doctor, "info": info, "import": import_folder, "export": export,
-    "compare": compare}
+    "compare": compare, "data": data}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -34,9 +33,6 @@ def import_folder(argv: list[str]) -> None:
     try:
         found = Tokenizer.load(args.folder / "tokenizer.json")
         need(found.vocab_size <= model.cfg.vocab_size, f"tokenizer.json has {found.vocab_size} tokens, more than the model")
-        # Tokenizer takes one that does not cut texts before it merges for one of characters
-        need(found.inner.pre_tokenizer is not None or not json.loads(found.inner.to_str())["model"].get("merges"),
-             "tokenizer.json merges over whole texts (SentencePiece), which minimoe cannot")
         tokenizer = found
     except ConfigError as error:
         print(f"without a tokenizer, so for token ids only: {error}")

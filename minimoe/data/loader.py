@@ -13,6 +13,7 @@ from minimoe.config import DataConfig, Source, TrainConfig
 from minimoe.data.corpora import label, load_corpus
 from minimoe.data.held_out import HELD_OUT_LIMIT, Corpus, Document, Overlap, less
 from minimoe.data.mixture import Mixture, Stream
+from minimoe.data.shards import Shards, fitting_tokenizer, is_shards
 from minimoe.data.sources import kind
 from minimoe.data.stream import RawStream, encoder
 from minimoe.data.tokenizer import Tokenizer, make_tokenizer
@@ -47,9 +48,10 @@ def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> TextData:
     (torch.Size([2, 8]), True)
     """
     opened = [_open(source) for source in cfg.mixture]
+    tokenizer = fitting_tokenizer([o for o in opened if isinstance(o, Shards)], tokenizer, cfg.tokenizer)
     if tokenizer is None:
         tokenizer = _make_tokenizer(cfg, opened)
-    opened = [_with_text(o, tokenizer) if isinstance(o, Tokens) else o for o in opened]
+    opened = [_with_text(o, tokenizer) if isinstance(o, Tokens | Shards) else o for o in opened]
     names = _unique([o.name for o in opened])
     held = _apart(opened, tokenizer)
     corpora = [Corpus(name, o.train if isinstance(o, Corpus) else (), h) for name, o, h in zip(names, opened, held)]
@@ -70,19 +72,21 @@ def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> TextData:
     return TextData(mixture, tuple(corpora), tokenizer, cfg)
 
 
-def _open(source: Source) -> Corpus | Tokens | RawStream:
+def _open(source: Source) -> Corpus | Tokens | Shards | RawStream:
     """The one place that asks what kind a source is: text read whole, text read while training, or tokens."""
-    if kind(source) == "tokens":
-        return Tokens.open(source)
+    if is_shards(source.corpus) or kind(source) == "tokens":
+        need(not source.domains and source.percentage == 100 and not source.streaming, f"{source.corpus}: token ids have "
+             "neither domains nor a percentage, and are read where they lie without streaming; leave these out")
+        return Shards(source.corpus) if is_shards(source.corpus) else Tokens.open(source)
     return RawStream(source) if source.streaming else load_corpus(source)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids from a .npy file, read where they lie on disk; the end of the file is held out."""
+    """Token ids from a .npy file, read where they lie on disk, its end held out; or those of a folder of token shards."""
 
     name: str
-    train: np.ndarray
+    train: np.ndarray | Shards
     end: np.ndarray
     held_out: tuple[Document, ...] = ()
 
@@ -94,15 +98,16 @@ class Tokens:
             raise ConfigError(f"{source.corpus}: not a .npy file of token ids ({str(error)[:80]})") from None
         need(ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids) > 1,
              f"{source.corpus}: {ids.dtype} of shape {ids.shape}; token ids are one row of whole numbers")
-        need(not source.domains and source.percentage == 100, f"{source.corpus}: token ids have neither domains nor a "
-                                                              "percentage; leave them out")
         if source.held_out:
             return cls(label(source), ids, ids[:0], load_corpus(Source(corpus=source.held_out)).train)
         cut = len(ids) - min(HELD_OUT_LIMIT, len(ids) // 10)
         return cls(label(source), ids[:cut], ids[cut:])
 
 
-def _with_text(t: Tokens, tokenizer: Tokenizer) -> Tokens:
+def _with_text(t: Tokens | Shards, tokenizer: Tokenizer) -> Tokens:
+    """With the held-out part as text."""
+    if isinstance(t, Shards):
+        return Tokens(t.folder.name, t, np.empty(0, int), t.held_out(tokenizer))
     top = int(max(t.train.max(), t.end.max(initial=0)))
     need(top < tokenizer.vocab_size, f"{t.name}: token {top} is not in this tokenizer's vocabulary of {tokenizer.vocab_size}; "
                                      "name the tokenizer that the file was made with")
@@ -131,7 +136,7 @@ def _apart(opened: list[Corpus | Tokens | RawStream], tokenizer: Tokenizer) -> l
     for o in opened:
         if isinstance(o, Corpus) and len(opened) > 1:               # alone it has done so itself
             found = found.union(*(overlap.found(d.text) for d in o.train))
-        elif isinstance(o, Tokens):
+        elif isinstance(o, Tokens) and (len(opened) > 1 or not isinstance(o.train, Shards)):
             for start in range(0, len(o.train), 1 << 18):
                 found |= overlap.found(tokenizer.decode(o.train[start:start + (1 << 18) + reach].tolist()))
     return [less(o.held_out, found) for o in opened]

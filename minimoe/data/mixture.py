@@ -19,7 +19,8 @@ BLOCK = 1024        # windows; within each block every source has its exact shar
 
 @dataclass(frozen=True)
 class Stream:
-    """One source: its documents as one endless ring of tokens, end-of-text between documents."""
+    """One source: its documents as one endless ring of tokens, end-of-text between documents. `tokens` is an array, or
+    anything else with its `len` and `take`."""
 
     name: str
     tokens: np.ndarray

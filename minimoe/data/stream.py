@@ -48,13 +48,18 @@ class RawStream:
     def sample(self, characters: int) -> tuple[Document, ...]:
         """Training text from the beginning, for a tokenizer to learn from."""
         documents, size = [], 0
-        for piece in (piece for _, read in self.parts for piece in read(None)):
-            if text := self._training_text(piece):
-                documents.append(Document(self.name, text, piece.domain))
-                size += len(text)
+        for d, _ in self.texts():
+            documents.append(d)
+            size += len(d.text)
             if size >= characters:
                 break
         return tuple(documents)
+
+    def texts(self) -> Iterator[tuple[Document, bool]]:
+        """The training text of one epoch, piece by piece, and whether a document begins with it."""
+        for piece in (piece for _, read in self.parts for piece in read(None)):
+            if text := self._training_text(piece):
+                yield Document(self.name, text, piece.domain), piece.begins
 
     def windows(self, indices: np.ndarray, seq_len: int, seed: int) -> np.ndarray:
         """The windows of T + 1 tokens with these numbers, which ascend: (len(indices), T + 1)."""
