@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -103,13 +104,13 @@ def test_held_out_text_of_one_source_does_not_stand_in_another(tmp_path):
     for folder in (tmp_path / "ab", tmp_path / "merged"):
         tokenizer = Tokenizer.load(folder)
         text, held = tokenizer.decode(everything(folder).tolist()), Shards(folder).held_out(tokenizer)
-        assert len(paragraphs(held)) > 2 and not [p for p in paragraphs(held) if p in text]
+        assert len(paragraphs(held)) >= 2 and not [p for p in paragraphs(held) if p in text]
         assert verify(folder)[0] == []
 
 
 def test_a_large_file_is_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LARGE", 1000)
-    monkeypatch.setattr(module, "PART", 700)
+    monkeypatch.setattr("minimoe.data.sources.PIECE", 700)
     lines = [f"line {i} of a text of one's own, with é and 漢字 in it" + "\n" * (1 + (i % 5 == 0)) for i in range(2000)]
     file = tmp_path / "large.txt"
     file.write_text("".join(lines), encoding="utf-8")
@@ -127,7 +128,7 @@ def test_a_large_file_is_read_in_pieces(tmp_path, monkeypatch):
     file.write_bytes(raw[:at + 1] + raw[at + 2:])
     with pytest.raises(ConfigError, match=f"not UTF-8 at byte {at};"):
         prepare([str(file)], tmp_path / "bad", "bytes")
-    assert not (tmp_path / "bad").exists()
+    assert not (tmp_path / "bad" / "index.json").exists()
 
 
 def test_an_interrupted_prepare_is_recognised_and_begun_anew(worlds, tmp_path, monkeypatch, capsys):
@@ -339,9 +340,9 @@ def test_train_on_shards_and_resume_from_the_command_line(two, tmp_path, capsys)
 
 
 def test_characters_train_on_shards_too(tmp_path, capsys):
-    """The sample prompts have letters that this text has not, so the text's own beginning is taken."""
+    """The sample prompts have letters that this text has not, so a text of its own is taken."""
     (tmp_path / "mine.txt").write_text("".join(f"{i} + {i} = {2 * i}\n" for i in range(900)), encoding="utf-8")
     assert main(["data", "prepare", str(tmp_path / "mine.txt"), "--tokenizer", "characters", "--out", str(tmp_path / "s")]) == 0
     assert main(["train", "--mixture", str(tmp_path / "s"), "--tokenizer", "characters", "--dim", "16", "--n-layers", "1", "--n-heads",
                  "2", "--expert-hidden", "16", "--max-seq-len", "32", "--steps", "1", "--out", str(tmp_path / "run")]) == 0
-    assert "--- '0 + 0 = 0" in capsys.readouterr().out
+    assert re.search(r"--- '\d+ \+ \d+ = ", capsys.readouterr().out)

@@ -56,10 +56,12 @@ class RawStream:
         return tuple(documents)
 
     def texts(self) -> Iterator[tuple[Document, bool]]:
-        """The training text of one epoch, piece by piece, and whether a document begins with it."""
+        """The training text of one epoch, piece by piece, and whether another begins: a document, or what follows a gap."""
+        gap = True
         for piece in (piece for _, read in self.parts for piece in read(None)):
             if text := self._training_text(piece):
-                yield Document(self.name, text, piece.domain), piece.begins
+                yield Document(self.name, text, piece.domain), piece.begins or gap
+            gap = not text
 
     def windows(self, indices: np.ndarray, seq_len: int, seed: int) -> np.ndarray:
         """The windows of T + 1 tokens with these numbers, which ascend: (len(indices), T + 1)."""
