@@ -54,6 +54,11 @@ class Mixture:
     def ends(self) -> np.ndarray:
         return np.cumsum(self.ratios) / np.sum(self.ratios)
 
+    @property
+    def n_tokens(self) -> int:
+        """What an epoch counts: the tokens of all sources, each once."""
+        return sum(len(s.tokens) for s in self.streams)
+
     def window(self, index: int, seq_len: int, seed: int) -> np.ndarray:
         """The index-th window of T + 1 tokens of the whole mixture."""
         block, place = divmod(index, BLOCK)
