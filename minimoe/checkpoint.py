@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
@@ -25,6 +25,7 @@ from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
 from minimoe.generate import stream
 from minimoe.model import MoETransformer
+from minimoe.plot import Figure, history
 from minimoe.settings import ConfigError, need
 
 SHIPPED = Path(__file__).parent / "assets" / "pydocs"
@@ -38,6 +39,7 @@ class Run:
     tokenizer: Tokenizer | None
     config: Config
     folder: Path | None = None
+    rows: list[dict] | None = field(default=None, repr=False)
 
     def generate(self, text: str, max_new_tokens: int | None = None, **options: object) -> str:
         """The text that the model writes after `text`. Options: temperature, top_k, top_p, seed, and `stop`, a
@@ -72,11 +74,18 @@ class Run:
         return self.tokenizer.encode(text)
 
     def metrics(self) -> list[dict]:
-        """The rows of metrics.jsonl."""
+        """The rows of metrics.jsonl, or of the training that this run has just come from."""
+        if self.rows is not None:
+            return self.rows
         if self.folder is None or not (self.folder / "metrics.jsonl").is_file():
             raise ConfigError(f"{self.folder or 'this run'}: no metrics.jsonl here; it is written by minimoe train")
         lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
+
+    def plot(self) -> Figure:
+        """Loss, learning rate, and the load of every expert over the steps, as a figure that shows itself in Jupyter; its
+        `save(path)` writes the SVG."""
+        return history(self.metrics())
 
     def _options(self, given: dict) -> tuple[dict, tuple[str, ...]]:
         g = self.config.generate
@@ -122,11 +131,11 @@ def load(folder: str | Path, device: str = "cpu", step: int | None = None) -> Ru
             raise ConfigError(f"{folder}: not a run folder, {name} is missing; minimoe train writes one")
     config = load_config(folder / "config.yaml")
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    need(tokenizer is None or config.model.vocab_size is None or tokenizer.vocab_size <= config.model.vocab_size,
+         f"{folder}: tokenizer.json does not fit: it has {getattr(tokenizer, 'vocab_size', 0)} tokens, the model's vocab_size is "
+         f"{config.model.vocab_size}; put back the one that the model was trained with")
     model = MoETransformer(config.model)
-    kept = [int(p.name) for p in checkpoints(folder)]
-    need(step is None or step in kept, f"{folder}: no checkpoint of step {step}; kept are "
-                                       f"{', '.join(map(str, kept)) or 'none'}, or leave the step out for the best weights")
-    load_weights(folder / ("" if step is None else f"checkpoints/{step:08d}") / "model.safetensors", model)
+    load_weights((folder if step is None else kept_checkpoint(folder, step)) / "model.safetensors", model)
     return Run(lay_out_for_decoding(model.to(device).eval()), tokenizer, config, folder)
 
 
@@ -159,26 +168,49 @@ def save_state(run: Path, step: int, model: MoETransformer, optimizer: torch.opt
         return folder
     for unfinished in home.glob(".*.part"):     # of a process that was killed
         shutil.rmtree(unfinished)
-    (part / "state").mkdir(parents=True)
-    save_weights(part / "model.safetensors", model)
     names = {p: name for name, p in model.named_parameters()}
     tensors = {f"{names[p]}|{key}": value.cpu().contiguous() for p, state in optimizer.state.items()
                for key, value in state.items() if isinstance(value, torch.Tensor)}
-    write_safely(part / "state" / "optimizer.safetensors", lambda path: save_file(tensors, str(path)))
-    write_safely(part / "state" / "progress.json", lambda path: path.write_text(json.dumps(progress), encoding="utf-8"))
-    _flush(part / "state")
-    _flush(part)
-    os.replace(part, folder)
+    try:
+        (part / "state").mkdir(parents=True)
+        save_weights(part / "model.safetensors", model)
+        write_safely(part / "state" / "optimizer.safetensors", lambda path: save_file(tensors, str(path)))
+        write_safely(part / "state" / "progress.json", lambda path: path.write_text(json.dumps(progress), encoding="utf-8"))
+        _flush(part / "state")
+        _flush(part)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)             # on a full disk its room is needed
     _flush(home)
     for old in checkpoints(run)[:-keep]:
-        os.replace(old, home / f".{old.name}.part")         # never half a checkpoint under a complete one's name
-        shutil.rmtree(home / f".{old.name}.part")
+        _remove(old)
     return folder
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
     return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.name.isdigit() and p.is_dir())
+
+
+def kept_checkpoint(run: Path, step: int | None = None) -> Path:
+    """The complete checkpoint of a step, or the newest; ConfigError naming those that are kept."""
+    kept = {int(p.name): p for p in checkpoints(run)}
+    step = max(kept, default=None) if step is None else step
+    need(step in kept, f"{run}: no checkpoint of step {step}; kept are {', '.join(map(str, kept)) or 'none'}, or leave the step out")
+    return kept[step]
+
+
+def remove_after(run: Path, step: int) -> None:
+    """Removes the checkpoints that are newer than `step`."""
+    for path in checkpoints(run):
+        if int(path.name) > step:
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    part = checkpoint.with_name(f".{checkpoint.name}.part")
+    os.replace(checkpoint, part)                            # never half a checkpoint under a complete one's name
+    shutil.rmtree(part)
 
 
 def load_state(folder: Path, model: MoETransformer, optimizer: torch.optim.Optimizer) -> dict:

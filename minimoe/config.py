@@ -4,7 +4,8 @@
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +19,10 @@ from minimoe.settings import ConfigError, check_choices, from_dict, need, to_dic
 class TrainConfig:
     """How a model is trained."""
 
-    steps: int = 500
-    """Updates of the weights."""
-    batch_size: int = 16
-    """Sequences per forward pass."""
+    steps: int | None = 500
+    """Updates of the weights; the length may be given in epochs or tokens instead."""
+    batch_size: int | Literal["auto"] = 16
+    """Sequences per forward pass; auto takes the largest power of two that fits in memory."""
     accumulate: int = 1
     """Forward passes per update."""
     seq_len: int | None = None
@@ -50,8 +51,8 @@ class TrainConfig:
     """CPU threads; 0 leaves PyTorch's own choice, -1 is all cores but two."""
     seed: int = 0
     """Seed of the weights, the order of the data, dropout and router noise."""
-    eval_every: int = 100
-    """Steps between looks at the held-out text; 0 looks at the end only."""
+    eval_every: int | Literal["epoch"] = 100
+    """Steps between looks at the held-out text; 0 looks at the end only, epoch once each epoch."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     save_every: int = 500
@@ -62,15 +63,50 @@ class TrainConfig:
     """What the backward pass computes again instead of keeping in memory."""
     compile: bool = False
     """Run the model through torch.compile: some minutes of compiling, then a little faster."""
+    epochs: float | None = None
+    """Length in readings of all training text (or of the whole dataset), instead of steps."""
+    tokens: int | None = None
+    """Length in tokens, instead of steps."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What train.log takes: everything from this level on."""
+    tensorboard: bool = False
+    """Write each logged row for TensorBoard too, to RUN/tensorboard."""
+    wandb: bool = False
+    """Send each logged row to Weights & Biases too (WANDB_MODE=offline keeps it in RUN/wandb)."""
+    wandb_project: str = "minimoe"
+    """Project at Weights & Biases."""
+    wandb_name: str | None = None
+    """Name of the run at Weights & Biases; null is that of the run folder."""
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("steps", "batch_size", "accumulate", "log_every", "keep"):
-            need(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1")
+        if self.steps == type(self).steps and (self.epochs, self.tokens) != (None, None):
+            object.__setattr__(self, "steps", None)         # nobody asked for the default
+        length = [f"{name}={value}" for name in ("steps", "epochs", "tokens") if (value := getattr(self, name)) is not None]
+        need(len(length) == 1, f"{', '.join(length) or 'steps=None'}: give the length once, as steps, epochs or tokens")
+        need(self.epochs is None or self.epochs > 0, f"epochs={self.epochs}: must be above 0")
+        for name in ("steps", "tokens", "batch_size", "accumulate", "log_every", "keep"):
+            value = getattr(self, name)
+            need(value in (None, "auto") or value >= 1, f"{name}={value}: must be at least 1")
         for name in ("warmup", "weight_decay", "eval_every", "save_every"):
-            need(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
+            value = getattr(self, name)
+            need(value == "epoch" or value >= 0, f"{name}={value}: must not be negative")
         need(self.lr > 0 and self.clip > 0, f"lr={self.lr}, clip={self.clip}: both must be above 0")
         need(0 <= self.min_lr <= 1, f"min_lr={self.min_lr}: a share of lr, between 0 and 1")
+
+    def resolved(self, epoch: int | None, seq_len: int) -> TrainConfig:
+        """The same with `steps` and `eval_every` as numbers, for data that holds `epoch` tokens, None if nobody knows.
+
+        >>> cfg = TrainConfig(epochs=2, batch_size=4, eval_every="epoch").resolved(epoch=1000, seq_len=10)
+        >>> cfg.steps, cfg.eval_every
+        (50, 25)
+        """
+        need(epoch or self.epochs is None and self.eval_every != "epoch", "epochs: how long a stream is shows only when it "
+             "has been read; give steps or tokens, and eval_every as a number")
+        a_step = self.batch_size * self.accumulate * seq_len
+        steps = self.steps or math.ceil(round((self.tokens or self.epochs * epoch) / a_step, 6))
+        eval_every = max(1, round(epoch / a_step)) if self.eval_every == "epoch" else self.eval_every
+        return replace(self, steps=steps, epochs=None, tokens=None, eval_every=eval_every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,3 +231,24 @@ def load_config(path: str | Path) -> Config:
 def save_config(config: Config, path: str | Path) -> None:
     """Writes every setting, defaults included."""
     Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Each setting that differs and matters for what is computed, with both values.
+
+    >>> differences(Config(), Config(train=TrainConfig(steps=7, device="cpu")))
+    ['steps was 500, is 7']
+    """
+    free = ("device", "workers", "pin_memory", "log_level", "tensorboard", "wandb", "wandb_project", "wandb_name")
+    pairs = [(name, old, new) for section, values in to_dict(a).items() for name, old in values.items()
+             if (new := to_dict(b)[section][name]) != old and name not in free]
+    return [f"{name} was {_spell(old)}, is {_spell(new)}" for name, old, new in pairs]
+
+
+def _spell(value: object) -> object:
+    """A setting in few words: of the sources of a mixture only what is not the default."""
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return value
+    default = to_dict(Source())
+    return " + ".join(" ".join([s["corpus"], *(f"{k}={v}" for k, v in s.items() if k != "corpus" and v != default[k])])
+                      for s in value)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minimoe.settings import ConfigError
+from minimoe.settings import ConfigError, need
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Choice:
     """A device, a dtype for the matrix products, a number of CPU threads, and a line of reason for each.
 
     >>> choose("cpu", "float32", threads=1).reasons[2]
-    'threads 1: of ... cores'
+    'threads 1: asked for, of ... cores'
     """
 
     device: torch.device
@@ -36,13 +36,15 @@ def choose(device: str = "auto", dtype: str = "auto", threads: int = 0) -> Choic
     torch.float32
     """
     chosen, why_device = _device(device)
+    need(dtype in ("auto", "float32", "bfloat16", "float16"), f"dtype={dtype!r}: use auto, float32, bfloat16 or float16")
+    why_threads = {0: "PyTorch's own choice", -1: "all cores but two"}.get(threads, "asked for")
     if threads == -1:
         threads = max(1, (os.cpu_count() or 1) - 2)
     threads = threads or torch.get_num_threads()
     chosen_dtype, why_dtype = _dtype(chosen, dtype)
     return Choice(chosen, chosen_dtype, threads, (
         f"device {chosen}: {why_device}", f"dtype {str(chosen_dtype).removeprefix('torch.')}: {why_dtype}",
-        f"threads {threads}: of {os.cpu_count()} cores"))
+        f"threads {threads}: {why_threads}, of {os.cpu_count()} cores"))
 
 
 def _device(name: str) -> tuple[torch.device, str]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,21 +17,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from minimoe import balance
-from minimoe.checkpoint import Run, checkpoints, load_state, save, save_state, save_weights, write_safely
-from minimoe.config import Config, DataConfig, GenerateConfig, Source, TrainConfig, load_config
+from minimoe.checkpoint import (
+    Run,
+    checkpoints,
+    kept_checkpoint,
+    load_state,
+    remove_after,
+    save,
+    save_state,
+    save_weights,
+    write_safely,
+)
+from minimoe.config import Config, DataConfig, GenerateConfig, TrainConfig, differences, load_config
 from minimoe.data.loader import TextData, join, load_data, shortened
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
 from minimoe.device import choose, tune_cpu
 from minimoe.experts import MoE
+from minimoe.limits import explained, fit_batch_size
+from minimoe.measure import held_out_loss
 from minimoe.model import MoETransformer, shape_table
 from minimoe.optimizer import lr_scale, make_optimizer
-from minimoe.settings import ConfigError, need, to_dict
+from minimoe.settings import ConfigError, need
+from minimoe.track import Tracker, check_packages, colored, start_over, summary
 
 
 class Trainer:
@@ -39,13 +51,16 @@ class Trainer:
 
     `data` is a corpus name, a `DataConfig`, a `TextData`, or any map-style dataset of (inputs, targets), each (T,) int64
     with targets already shifted. `fit()` returns the `Run`. Raises ConfigError before the first step for settings that
-    do not fit together. `on_step(trainer, row)` is called after each logged row.
+    do not fit together. `on_step(trainer, row)` is called after each logged row; `evaluate_with(run, step)` at every look at
+    the held-out text, and what it returns stands in the row as "eval".
     """
 
     def __init__(self, model: MoETransformer, train: TrainConfig, data: object = "pydocs", *, out: str | Path | None = None,
                  tokenizer: Tokenizer | None = None, generate: GenerateConfig | None = None,
-                 on_step: Callable[[Trainer, dict], None] | None = None, progress: bool = True):
-        self.cfg, self.out, self.on_step, self.progress = train, Path(out) if out else None, on_step, progress
+                 on_step: Callable[[Trainer, dict], None] | None = None, progress: bool = True,
+                 evaluate_with: Callable[[Run, int], dict] | None = None):
+        self.out, self.on_step, self.progress, self.evaluate_with = Path(out) if out else None, on_step, progress, evaluate_with
+        check_packages(train, self.out)
         self.choice = choose(train.device, train.dtype, train.threads)
         tune_cpu(train.threads and self.choice.threads)
         self.data, data_cfg = _as_data(data, tokenizer, model.cfg.vocab_size)
@@ -56,43 +71,61 @@ class Trainer:
         self.seq_len = train.seq_len or model.cfg.max_seq_len
         if self.seq_len > model.cfg.max_seq_len:
             raise ConfigError(f"seq_len={self.seq_len} is more than max_seq_len={model.cfg.max_seq_len}")
-        self.cfg = train = shortened(train, self.data, self.seq_len)
+        text = isinstance(self.data, TextData)
+        epoch = self.data.mixture.n_tokens if text else len(self.data) * self.seq_len
+        self.notes = list(self.choice.reasons)          # said at the start, and in train.log
+        if train.batch_size == "auto":
+            most = max(1, epoch // self.seq_len) if epoch else 4096
+            size, why = fit_batch_size(model.cfg, train, self.choice, self.seq_len, most)
+            train = dataclasses.replace(train, batch_size=size)
+            self.notes.append(why)
+        self.cfg = shortened(train.resolved(epoch, self.seq_len), self.data, self.seq_len)
+        a_step = self.cfg.batch_size * self.cfg.accumulate * self.seq_len
+        self.notes.append(f"length {self.cfg.steps:,} steps of {a_step:,} tokens"
+                          + (f": {self.cfg.steps * a_step / epoch:.2f} epochs" if epoch else ""))
         self.config = Config(model=model.cfg, train=train, data=data_cfg, generate=generate or GenerateConfig())
         self.model = model.to(self.choice.device)
         self.model.recompute(train.recompute)
         self.forward = torch.compile(self.model) if train.compile else self.model
         self.optimizer = make_optimizer(self.model, train)
-        corpora = self.data.corpora if isinstance(self.data, TextData) else ()
+        # float16 gradients underflow: the loss is scaled up, and a step whose gradient overflowed is left out
+        self.scaler = torch.amp.GradScaler(self.choice.device.type, enabled=self.choice.dtype == torch.float16)
+        corpora = self.data.corpora if text else ()
         self.held_out = {c.name: (join(c.held_out, self.tokenizer), sum(len(d.text.encode()) for d in c.held_out))
                          for c in corpora if c.held_out}
         self.step, self.best, self.seconds, self.rows, self.since = 0, math.inf, 0.0, [], []
 
-    def fit(self, *, resume: bool = False, stop_after: int | None = None) -> Run:
+    def fit(self, *, resume: bool = False, stop_after: int | None = None, from_step: int | None = None) -> Run:
         """Runs to the last step, or until `stop_after`, or until Ctrl-C, which ends with the step that is under way.
 
         The run folder keeps the weights with the lowest held-out loss, and checkpoints to go on from: with `resume` the
-        newest complete one is where this run begins, and all that follows is as if it had never stopped. Raises
-        ConfigError where the folder was made with other settings.
+        newest complete one (or that of `from_step`, and the newer ones go) is where this run begins, and all that
+        follows is as if it had never stopped. Raises ConfigError where the folder was made with other settings, and
+        where memory or disk run out.
         """
         if self.out and resume and checkpoints(self.out):
-            self._restore()
+            self._restore(from_step)
         elif self.out:
-            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+            start_over(self.out)
             save(self.out, self.model, self.tokenizer, self.config)
             (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
         cfg, until = self.cfg, min(self.cfg.steps, stop_after or self.cfg.steps)
         bar = tqdm(total=cfg.steps, initial=self.step, disable=None if self.progress else True, unit="step",
                    dynamic_ncols=True)
-        with ctrl_c() as pressed:
+        with Tracker(self.out, self.config, self.step, self.rows) as self.track, bar, explained(cfg, self.out), ctrl_c() as pressed:
+            for line in (*self.notes, f"begins after step {self.step}"):
+                self.track.log.info(line)
             while self.step < until and not pressed:
                 self._one_step(bar)
                 if self.out and (self.step == until or pressed or cfg.save_every and self.step % cfg.save_every == 0):
                     self._save_state()
-        bar.close()
-        if self.out and not self.held_out:
-            save_weights(self.out / "model.safetensors", self.model)
-        model = self.model.eval()
-        return Run(lay_out_for_decoding(model) if self.step == cfg.steps else model, self.tokenizer, self.config, self.out)
+            if self.out and not self.held_out:
+                save_weights(self.out / "model.safetensors", self.model)
+            self.track.log.info("%s after step %d of %d", "interrupted" if pressed else "ended", self.step, cfg.steps)
+        return self._run(lay_out_for_decoding(self.model.eval()) if self.step == cfg.steps else self.model)
+
+    def _run(self, model: MoETransformer) -> Run:
+        return Run(model.eval(), self.tokenizer, self.config, self.out, self.rows)
 
     def _one_step(self, bar: tqdm) -> None:
         cfg, started = self.cfg, time.perf_counter()
@@ -106,27 +139,30 @@ class Trainer:
             if evaluate_now and self.held_out:
                 row |= self.evaluate()
                 self._keep_best(row["val_ce"])
+            if evaluate_now and self.evaluate_with:
+                row["eval"] = self.evaluate_with(self._run(self.model), self.step)
             self._log(row)
-            bar.set_postfix_str(f"loss {row['ce']:.3f}" + (f" held-out {row['val_bpb']:.3f} bpb" if "val_bpb" in row else "")
-                                + f", {row['tokens'] / row['seconds']:,.0f} tokens/s"
-                                + (f", {len(row['alerts'])} alerts: {row['alerts'][0]}" if "alerts" in row else ""))
+            bar.set_postfix_str(colored(summary(row), "yellow", sys.stderr) if "alerts" in row else summary(row))
         bar.update()
 
     def _save_state(self) -> None:
-        progress = {"step": self.step, "best": self.best, "seconds": self.seconds, "since": self.since}
+        progress = {"step": self.step, "best": self.best, "seconds": self.seconds, "since": self.since,
+                    "scaler": self.scaler.state_dict()}
         if isinstance(self.data, TextData):
             progress["data"] = self.data.mixture.state()
-        save_state(self.out, self.step, self.model, self.optimizer, progress, self.cfg.keep)
+        self.track.log.info("saved %s", save_state(self.out, self.step, self.model, self.optimizer, progress, self.cfg.keep))
 
-    def _restore(self) -> None:
-        """Goes back to the newest checkpoint; rows of the log that came after it are taken out."""
+    def _restore(self, from_step: int | None) -> None:
+        """Goes back to a checkpoint, the newest by default; newer ones, and rows that came after it, are taken out."""
         different = differences(load_config(self.out / "config.yaml"), self.config)
         need(not different, f"{self.out} was made with other settings: {'; '.join(different)}. Give them as they were, or "
                             "name another folder")
-        progress = load_state(checkpoints(self.out)[-1], self.model, self.optimizer)
+        progress = load_state(kept_checkpoint(self.out, from_step), self.model, self.optimizer)
         self.step, self.best, self.seconds, self.since = (progress[k] for k in ("step", "best", "seconds", "since"))
         if isinstance(self.data, TextData):
             self.data.mixture.restore(progress.get("data", {}))
+        self.scaler.load_state_dict(progress.get("scaler", {}))
+        remove_after(self.out, self.step)
         path = self.out / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
@@ -153,22 +189,26 @@ class Trainer:
             # ce is a mean over this batch's targets: weigh it by their number; balancing losses by the batches
             share = int((targets_BT != -100).sum()) / n_targets
             extra = out.loss - out.losses["ce"]
-            (out.losses["ce"] * share + extra / cfg.accumulate).backward()
+            self.scaler.scale(out.losses["ce"] * share + extra / cfg.accumulate).backward()
             for name, value in out.losses.items():
                 weight = share if name == "ce" else 1 / cfg.accumulate
                 total[name] = total.get(name, 0.0) + value.item() * weight
+        self.scaler.unscale_(self.optimizer)
         statistics = [balance.statistics(*pair) for pair in zip(out.routing, routers)]       # gradients not yet clipped
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        if not math.isfinite(norm.item()):
+        skipped = not math.isfinite(norm.item())
+        if skipped and self.scaler.get_scale() <= 1:        # 1 where nothing is scaled
             raise FloatingPointError(f"step {self.step}: the gradient is not finite (loss {total['ce']:.3f}); "
                                      "lower lr, or use dtype: float32")
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if model.cfg.balance == "bias":
             for router, counts_E in zip(routers, counts):
                 balance.update_bias(router.bias_E, counts_E, model.cfg.bias_speed)
         self.step += 1
-        return total | {"grad_norm": norm.item()}, statistics
+        total["grad_norm"] = 0.0 if skipped else norm.item()
+        return total | ({"skipped": float(skipped)} if self.scaler.is_enabled() else {}), statistics
 
     def evaluate(self) -> dict[str, object]:
         """Cross-entropy per token and bits per byte of the whole held-out text, and bits per byte of each corpus; each
@@ -210,34 +250,9 @@ class Trainer:
 
     def _log(self, row: dict) -> None:
         self.rows.append(row)
-        if self.out:
-            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        self.track.write(row)
         if self.on_step:
             self.on_step(self, row)
-
-
-@torch.no_grad()
-def held_out_loss(model: MoETransformer, tokens: np.ndarray, seq_len: int, batch_size: int = 16,
-                  stride: int | None = None) -> tuple[float, int]:
-    """Summed cross-entropy (nats) of every token but the first, and their number.
-
-    The text is read in windows of `seq_len` at `stride` (default: no overlap); of each window but the first only the
-    last `stride` tokens count, so that a smaller stride gives every token a longer context.
-    """
-    was_training, device, stride = model.training, model.embedding.weight.device, stride or seq_len
-    model.eval()
-    text, total = torch.from_numpy(tokens.astype(np.int64)), 0.0
-    starts = range(0, max(1, len(text) - 1 - (seq_len - stride)), stride)
-    windows = [(text[i:i + seq_len + 1], seq_len - stride if i else 0) for i in starts]
-    while windows:      # windows of one length and one number of tokens to skip go together
-        like = [w for w in windows[:batch_size] if (len(w[0]), w[1]) == (len(windows[0][0]), windows[0][1])]
-        windows, skip = windows[len(like):], like[0][1]
-        batch = torch.stack([w for w, _ in like]).to(device)
-        logits = model(batch[:, :-1]).logits[:, skip:]
-        total += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1 + skip:].flatten(), reduction="sum").item()
-    model.train(was_training)
-    return total, len(text) - 1
 
 
 @contextmanager
@@ -259,26 +274,6 @@ def ctrl_c() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def differences(a: Config, b: Config) -> list[str]:
-    """Each setting that differs but the device, with both values.
-
-    >>> differences(Config(), Config(train=TrainConfig(steps=7, device="cpu")))
-    ['steps was 500, is 7']
-    """
-    pairs = [(name, old, new) for section, values in to_dict(a).items() for name, old in values.items()
-             if (new := to_dict(b)[section][name]) != old and name not in ("device", "workers", "pin_memory")]
-    return [f"{name} was {_spell(old)}, is {_spell(new)}" for name, old, new in pairs]
-
-
-def _spell(value: object) -> object:
-    """A setting in few words: of the sources of a mixture only what is not the default."""
-    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
-        return value
-    default = to_dict(Source())
-    return " + ".join(" ".join([s["corpus"], *(f"{k}={v}" for k, v in s.items() if k != "corpus" and v != default[k])])
-                      for s in value)
-
-
 def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[object, DataConfig]:
     if isinstance(data, TextData):
         names = [s.name for s in data.mixture.streams]
@@ -294,7 +289,7 @@ def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tupl
 
 def train_from_config(config: Config, out: str | Path | None = None, *, resume: bool = False, stop_after: int | None = None,
                       progress: bool = True, say: Callable[[str], None] = lambda line: None,
-                      samples: Iterable[str] = ()) -> Run:
+                      samples: Iterable[str] = (), from_step: int | None = None) -> Run:
     """Everything that `minimoe train` does: data, tokenizer, a model from the seed, training, samples."""
     tune_cpu()
     goes_on = bool(resume and out and checkpoints(Path(out)))
@@ -303,21 +298,28 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
     data = load_data(config.data, Tokenizer.load(Path(out)) if goes_on else None)
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    if goes_on and config.train.batch_size == "auto":       # what was found when the run began
+        found = load_config(Path(out) / "config.yaml").train.batch_size
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=found))
     torch.manual_seed(config.train.seed)
     trainer = Trainer(MoETransformer(config.model), config.train, data, out=out, generate=config.generate,
                       progress=progress)
-    trainer.config = config
-    for line in trainer.choice.reasons:
-        say(line)
-    say(data.mixture.describe(trainer.cfg.steps * config.train.batch_size * config.train.accumulate * trainer.seq_len))
+    trainer.config = dataclasses.replace(config, train=trainer.config.train)
+    cfg = trainer.cfg
+    trainer.notes.append(data.mixture.describe(cfg.steps * cfg.batch_size * cfg.accumulate * trainer.seq_len))
     m = config.model
-    say(f"model: {m.num_params():,} parameters, {m.active_params():,} active per token, "
-        f"{m.flops_per_token(trainer.seq_len):,} forward FLOPs per token\n{shape_table(m)}")
+    trainer.notes.append(f"model: {m.num_params():,} parameters, {m.active_params():,} active per token, "
+                         f"{m.flops_per_token(trainer.seq_len):,} forward FLOPs per token\n{shape_table(m)}")
     if goes_on:
-        say(f"goes on from step {int(checkpoints(Path(out))[-1].name)}")
-    run = trainer.fit(resume=resume, stop_after=stop_after)
-    if trainer.step < trainer.cfg.steps:
-        say(f"stopped at step {trainer.step} of {trainer.cfg.steps}; the same command with --resume goes on")
+        start = kept_checkpoint(Path(out), from_step)
+        newer = [str(int(p.name)) for p in checkpoints(Path(out)) if p > start]
+        trainer.notes.append(f"goes on from step {int(start.name)}" + (
+            f"; the newer checkpoints ({', '.join(newer)}) and the rows after it go" if newer else ""))
+    for line in trainer.notes:
+        say(line)
+    run = trainer.fit(resume=resume, stop_after=stop_after, from_step=from_step)
+    if trainer.step < cfg.steps:
+        say(f"stopped at step {trainer.step} of {cfg.steps}; the same command with --resume goes on")
     for prompt in samples:
         try:
             run.encode(prompt)

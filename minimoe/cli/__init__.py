@@ -13,6 +13,7 @@ from minimoe.cli.data import data
 from minimoe.cli.training import train
 from minimoe.cli.using import doctor, generate, info
 from minimoe.settings import ConfigError
+from minimoe.track import colored
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train, "generate": generate, "doctor": doctor, "info": info, "import": import_folder, "export": export,
@@ -33,9 +34,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         COMMANDS[argv[0]](argv[1:])
     except (ConfigError, ValueError) as error:
-        print(f"minimoe: error: {error}", file=sys.stderr)
+        print(colored(f"minimoe: error: {error}", "red", sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nminimoe: stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not getattr(error, "__notes__", None):           # nobody has written it down: show all of it
+            raise
+        text = f"minimoe: error: {type(error).__name__}: {error}; {error.__notes__[-1]}"
+        print(colored(text, "red", sys.stderr), file=sys.stderr)
+        return 1
     return 0

@@ -48,6 +48,8 @@ class ExportArgs:
     """Run folder, or "shipped"; default the newest under runs/, else the shipped one."""
     out: Path | None = None
     """Folder to write; default exports/<name of the run>."""
+    step: int | None = None
+    """The kept checkpoint of this step; default the weights with the lowest held-out loss."""
 
 
 def export(argv: list[str]) -> None:
@@ -58,5 +60,5 @@ def export(argv: list[str]) -> None:
     from minimoe.checkpoint import load
     from minimoe.hub import save_hf
 
-    run = load(folder)
+    run = load(folder, step=args.step)
     print(f"{save_hf(run.model, out, run.tokenizer)}{'' if run.tokenizer else ', without a tokenizer'}; saved {out}")

@@ -8,10 +8,11 @@ from typing import Annotated
 import tyro
 
 from minimoe.cli.parse import parse, value_of
-from minimoe.config import Config, load_config
-from minimoe.settings import ConfigError
+from minimoe.config import Config, TrainConfig, load_config
+from minimoe.settings import ConfigError, need
 
 XZ_LIMIT = 20_000_000       # characters: above it the yardstick takes longer than it tells, and of a stream it cannot be had
+LENGTHS = ("steps", "epochs", "tokens")
 SAMPLE_PROMPTS = ("The for statement", "An object is")
 
 
@@ -27,6 +28,10 @@ class TrainArgs:
     """Write over a run folder that exists."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on from the newest complete checkpoint in the run folder."""
+    step: int | None = None
+    """With --resume: go on from the kept checkpoint of this step; the newer ones and the rows after it are removed."""
+    plot: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Draw the run when it ends: loss, learning rate and the load of the experts, in RUN/plot.svg."""
     stop_after: int | None = None
     """Stop after this step, as if interrupted; --resume goes on."""
     settings: tyro.conf.FlagConversionOff[Config] = Config()         # --tie-embeddings False: each has a default to leave
@@ -35,15 +40,20 @@ class TrainArgs:
 def train(argv: list[str]) -> None:
     """Train a model: minimoe train --config configs/pydocs.yaml"""
     path = value_of("--config", argv)
-    defaults = TrainArgs(settings=load_config(path) if path else Config())
+    config = load_config(path) if path else Config()
+    if any(value_of(f"--{name}", argv) for name in LENGTHS):        # a length given as a flag replaces the file's
+        train_section = dataclasses.replace(config.train, steps=TrainConfig.steps, epochs=None, tokens=None)
+        config = dataclasses.replace(config, train=train_section)
+    defaults = TrainArgs(settings=config)
     args = parse(TrainArgs, argv, "train", default=defaults)
+    need(args.step is None or args.resume, f"--step {args.step} names the checkpoint to go on from: give --resume too")
     out = args.out or Path("runs") / (args.config.stem if args.config else "train")
     if out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume):
         raise ConfigError(f"{out} exists already: name another --out, go on with --resume, or give --overwrite")
     from minimoe.trainer import train_from_config
 
     run = train_from_config(args.settings, out, resume=args.resume, stop_after=args.stop_after, say=print,
-                            samples=SAMPLE_PROMPTS)
+                            samples=SAMPLE_PROMPTS, from_step=args.step)
     rows = run.metrics()
     best = min((r for r in rows if "val_bpb" in r), key=lambda r: r["val_ce"], default=None)
     if best:
@@ -54,6 +64,8 @@ def train(argv: list[str]) -> None:
         for corpus in (c for c in data.corpora if c.name in best["val"]):
             print(f"held-out {corpus.name}: {best['val'][corpus.name]:.3f} bits per byte at step {best['step']}" + (
                 f"; xz -9e, given all training text, {xz_bits_per_byte(data, corpus):.3f}" if small else ""))
+    if args.plot:
+        print(f"drawn in {run.plot().save(out / 'plot.svg')}")
     if rows:
         print(f"{rows[-1]['tokens']:,} tokens in {rows[-1]['seconds']:.0f} s of training; saved {out}\n"
               f'next: minimoe generate {out} --prompt "The for statement"')

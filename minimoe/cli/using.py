@@ -35,6 +35,8 @@ class GenerateArgs:
     """Seed of the draws."""
     device: str = "cpu"
     """cpu, cuda, cuda:N or mps."""
+    step: int | None = None
+    """The kept checkpoint of this step; default the weights with the lowest held-out loss."""
 
 
 def generate(argv: list[str]) -> None:
@@ -45,7 +47,7 @@ def generate(argv: list[str]) -> None:
 
     tune_cpu()
     folder = args.run or newest_run()
-    run = load(folder, str(choose(args.device, "float32").device))
+    run = load(folder, str(choose(args.device, "float32").device), args.step)
     if args.run is None:
         print(f"using {folder}", file=sys.stderr)
     started, print_now = time.perf_counter(), lambda text: print(text, end="", flush=True)
@@ -66,6 +68,10 @@ class DoctorArgs:
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16, or on a GPU float16."""
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's own choice, -1 is all cores but two."""
 
 
 def doctor(argv: list[str]) -> None:
@@ -78,12 +84,14 @@ def doctor(argv: list[str]) -> None:
     from minimoe.device import choose, tune_cpu
     from minimoe.doctor import dispatch, parity
 
-    tune_cpu()
-    choice = choose(args.device)
+    choice = choose(args.device, args.dtype, args.threads)
+    tune_cpu(args.threads and choice.threads)
     print(f"minimoe on Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.system()}")
     print("\n".join((*choice.reasons, dispatch(choice))))
-    for line in parity(choice):
-        print(line)
+    lines = parity(choice)
+    print("\n".join(lines))
+    if any("DIFFERS" in line for line in lines):
+        sys.exit(1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,6 +73,12 @@ class Mixture:
     def ends(self) -> np.ndarray:
         return np.cumsum(self.ratios) / np.sum(self.ratios)
 
+    @property
+    def n_tokens(self) -> int | None:
+        """What an epoch counts: the tokens of all sources, each once; None with a stream, whose length nobody knows."""
+        sizes = [s.size for s in self.streams]
+        return None if None in sizes else sum(sizes)
+
     def window(self, index: int, seq_len: int, seed: int) -> np.ndarray:
         """The index-th window of T + 1 tokens of the whole mixture."""
         return self.windows(np.array([index]), seq_len, seed)[0]

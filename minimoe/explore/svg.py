@@ -1,28 +1,14 @@
 """The routing of one layer as a static SVG figure: for files, reports, and wherever no script runs."""
 from __future__ import annotations
 
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import quoteattr
 
 from minimoe.explore.text import display_width, labels
 from minimoe.explore.trace import LayerTrace, RoutingTrace
+from minimoe.plot import INK, MARGIN, MUTED, PALETTE, PAPER, WIDTH, mix, picture, words
 
-# Okabe and Ito's colors for all kinds of color vision (jfly.uni-koeln.de/color), black replaced by gray; expert e takes
-# the color e modulo 8, and its number is always written beside it
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#8c8c8c")
-PAPER, INK, MUTED, LINE = "#ffffff", "#1b2027", "#59626d", "#dde1e6"
-SANS = "ui-sans-serif, system-ui, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 MONO = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
-WIDTH, MARGIN, CHIP, LINE_HEIGHT, CHAR = 860, 20, 34, 40, 7.83       # pixels; CHAR is one column of 13 px monospace
-
-
-def mix(color: str, share: float, paper: str = PAPER) -> str:
-    """`share` (0 to 1) of a color on paper, both "#rrggbb".
-
-    >>> mix("#000000", 0.5)
-    '#808080'
-    """
-    pairs = ((int(color[i:i + 2], 16), int(paper[i:i + 2], 16)) for i in (1, 3, 5))
-    return "#" + "".join(f"{round(share * a + (1 - share) * b):02x}" for a, b in pairs)
+CHIP, LINE_HEIGHT, CHAR = 34, 40, 7.83       # pixels; CHAR is one column of 13 px monospace
 
 
 def tint(expert: int, strength: float) -> str:
@@ -76,23 +62,23 @@ def routing_svg(trace: RoutingTrace, index: int | None = None, max_shown: int = 
     y += LINE_HEIGHT
     rest = len(trace.tokens) - len(shown) + trace.left_out
     if rest:
-        body.append(_text(MARGIN, y + 8, f"… and {_count(rest, 'more token')}", MUTED, 12))
+        body.append(words(MARGIN, y + 8, f"… and {_count(rest, 'more token')}", MUTED, 12))
         y += 20
     load, height = _load(layer, y + 16)
     how = "experts choose their tokens" if trace.router == "expert_choice" else f"{trace.top_k} per token"
-    head = [_text(MARGIN, 28, f"Layer {layer.index}", INK, 15, weight=600),
-            _text(MARGIN + 72, 28, f"{_count(len(trace.tokens), 'token')}, {trace.n_experts} experts, {how}", MUTED,
+    head = [words(MARGIN, 28, f"Layer {layer.index}", INK, 15, weight=600),
+            words(MARGIN + 72, 28, f"{_count(len(trace.tokens), 'token')}, {trace.n_experts} experts, {how}", MUTED,
                   13)]
     note = ("Under each token stand the numbers of its first and second expert; the stronger the color, the more "
             "weight. The bars give each expert's share of the load, the dashed line an even share.")
-    return _figure(alt_text(trace, layer.index), note, "\n".join([*head, *body, load]), y + 16 + height)
+    return picture(alt_text(trace, layer.index), note, "\n".join([*head, *body, load]), y + 16 + height)
 
 
 def load_figure(trace: RoutingTrace, index: int | None = None) -> str:
     """The load of every expert in one layer as an SVG: bars by number, and a line at an even share."""
     layer = trace.layer(index)
     load, height = _load(layer, 16)
-    return _figure(alt_text(trace, layer.index), "Each expert's share of the load; the dashed line is an even share.",
+    return picture(alt_text(trace, layer.index), "Each expert's share of the load; the dashed line is an even share.",
                    load, 16 + height)
 
 
@@ -105,12 +91,6 @@ def _count(n: int, word: str) -> str:
     return f"{n} {word}{'' if n == 1 else 's'}"
 
 
-def _text(x: float, y: float, text: str, color: str, size: float, anchor: str = "start", weight: int = 400,
-          font: str = SANS) -> str:
-    return (f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}" font-size="{size}" font-weight="{weight}" '
-            f'text-anchor="{anchor}" font-family="{font}">{escape(text)}</text>')
-
-
 def _chip(t: int, label: str, layer: LayerTrace, heaviest: float, x: float, y: float, width: float) -> str:
     taken = layer.taken(t)
     data = {"data-token": t, "data-experts": ",".join(str(e) for e, _, _ in taken),
@@ -119,7 +99,7 @@ def _chip(t: int, label: str, layer: LayerTrace, heaviest: float, x: float, y: f
     columns = int((width - 8) / CHAR)
     label = label if display_width(label) <= columns + 1 else label[:columns - 1] + "…"
     out = [f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{CHIP}" rx="4" fill="{tints[0]}"/>',
-           _text(x + width / 2, y + 15, label, INK, 13, "middle", font=MONO)]
+           words(x + width / 2, y + 15, label, INK, 13, "middle", font=MONO)]
     shown = taken[:2]
     total = sum(w for _, w, _ in shown) or 1.0
     left = x
@@ -129,10 +109,10 @@ def _chip(t: int, label: str, layer: LayerTrace, heaviest: float, x: float, y: f
         if i:
             out.append(f'<rect x="{left + 1:.1f}" y="{y + 20}" width="{part - 1:.1f}" height="{CHIP - 20}" rx="2" '
                        f'fill="{tints[i]}" stroke="{PAPER}"/>')
-        out.append(_text(left + part / 2, y + 30, str(expert) if kept else f"{expert} full", INK, 10, "middle"))
+        out.append(words(left + part / 2, y + 30, str(expert) if kept else f"{expert} full", INK, 10, "middle"))
         left += part
     if not shown:
-        out.append(_text(x + width / 2, y + 30, "–", INK, 10, "middle"))
+        out.append(words(x + width / 2, y + 30, "–", INK, 10, "middle"))
     return f'<g {" ".join(f"{k}={quoteattr(str(v))}" for k, v in data.items())}>{"".join(out)}</g>'
 
 
@@ -140,22 +120,15 @@ def _load(layer: LayerTrace, y: float) -> tuple[str, float]:
     n, tall = len(layer.load), 72
     step = min(56.0, (WIDTH - 2 * MARGIN) / n)
     top, base, many = max(2 / n, *layer.load), y + 20 + tall, n > 32
-    out = [_text(MARGIN, y + 6, f"Load of the experts; dashed: an even share, {1 / n:.1%}", MUTED, 12)]
+    out = [words(MARGIN, y + 6, f"Load of the experts; dashed: an even share, {1 / n:.1%}", MUTED, 12)]
     for e, share in enumerate(layer.load):
         x, high, color = MARGIN + e * step, max(tall * share / top, 0.5), PALETTE[e % 8]
         out.append(f'<g data-expert="{e}" data-load="{share:g}">'
                    f'<rect x="{x + step * 0.16:.1f}" y="{base - high:.1f}" width="{step * 0.68:.1f}" '
                    f'height="{high:.1f}" fill="{mix(color, 0.75)}" stroke="{mix(color, 0.55, INK)}"/>'
-                   + _text(x + step / 2, base + 14, str(e), INK, 8.5 if many else 11, "middle", 400 if many else 600)
-                   + (_text(x + step / 2, base + 28, f"{share:.0%}", MUTED, 10, "middle") if n <= 16 else "") + "</g>")
+                   + words(x + step / 2, base + 14, str(e), INK, 8.5 if many else 11, "middle", 400 if many else 600)
+                   + (words(x + step / 2, base + 28, f"{share:.0%}", MUTED, 10, "middle") if n <= 16 else "") + "</g>")
     even = base - tall / n / top
     out.append(f'<path d="M{MARGIN} {base:.1f}H{MARGIN + n * step:.1f}" stroke="{MUTED}"/>'
                f'<path d="M{MARGIN} {even:.1f}H{MARGIN + n * step:.1f}" stroke="{INK}" stroke-dasharray="3 3"/>')
     return "\n".join(out), 20 + tall + 44
-
-
-def _figure(alt: str, note: str, body: str, height: float) -> str:
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" role="img" '
-            f'aria-label={quoteattr(alt)} style="max-width:100%;height:auto">\n'
-            f"<title>{escape(alt)}</title>\n<desc>{escape(note)}</desc>\n"
-            f'<rect width="{WIDTH}" height="{height:.0f}" rx="8" fill="{PAPER}"/>\n{body}\n</svg>')

@@ -1,0 +1,31 @@
+"""The loss on text that was kept apart (chapters 8 and 11)."""
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minimoe.model import MoETransformer
+
+
+@torch.no_grad()
+def held_out_loss(model: MoETransformer, tokens: np.ndarray, seq_len: int, batch_size: int = 16,
+                  stride: int | None = None) -> tuple[float, int]:
+    """Summed cross-entropy (nats) of every token but the first, and their number.
+
+    The text is read in windows of `seq_len` at `stride` (default: no overlap); of each window but the first only the
+    last `stride` tokens count, so that a smaller stride gives every token a longer context.
+    """
+    was_training, device, stride = model.training, model.embedding.weight.device, stride or seq_len
+    model.eval()
+    text, total = torch.from_numpy(tokens.astype(np.int64)), 0.0
+    starts = range(0, max(1, len(text) - 1 - (seq_len - stride)), stride)
+    windows = [(text[i:i + seq_len + 1], seq_len - stride if i else 0) for i in starts]
+    while windows:      # windows of one length and one number of tokens to skip go together
+        like = [w for w in windows[:batch_size] if (len(w[0]), w[1]) == (len(windows[0][0]), windows[0][1])]
+        windows, skip = windows[len(like):], like[0][1]
+        batch = torch.stack([w for w, _ in like]).to(device)
+        logits = model(batch[:, :-1]).logits[:, skip:]
+        total += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1 + skip:].flatten(), reduction="sum").item()
+    model.train(was_training)
+    return total, len(text) - 1
