@@ -13,7 +13,6 @@ import sysconfig
 import urllib.request
 import zlib
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from minimoe.config import Source
@@ -46,9 +45,15 @@ def load_corpus(source: str | Source) -> Corpus:
     else:
         documents, corpus = documents_of(source), None
     if source.held_out:
-        held = documents_of(replace(source, corpus=source.held_out, held_out=None, percentage=100.0, domains=()))
-        return Corpus(name, tuple(documents), without(documents, held))
+        return Corpus(name, tuple(documents), without(documents, held_apart(source)))
     return corpus or split(name, documents)
+
+
+def held_apart(source: Source) -> list[Document]:
+    """The documents of a source's `held_out`: a file here, or else another split of the same dataset."""
+    if kind(source) == "dataset" and not Path(source.held_out).exists():
+        return documents_of(Source(corpus=source.corpus, subset=source.subset, split=source.held_out, field=source.field))
+    return documents_of(Source(corpus=source.held_out, field=source.field))
 
 
 def label(source: Source) -> str:

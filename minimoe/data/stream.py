@@ -9,12 +9,11 @@ import json
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 
 from minimoe.config import Source
-from minimoe.data.corpora import documents_of, find_files, label, load_corpus, wanted
+from minimoe.data.corpora import find_files, held_apart, label, load_corpus, wanted
 from minimoe.data.held_out import HELD_OUT_LIMIT, Document, Overlap
 from minimoe.data.mixture import permutation
 from minimoe.data.sources import Piece, kind, read_dataset, read_file
@@ -131,8 +130,7 @@ class RawStream:
     def _hold_out(self) -> tuple[Document, ...]:
         """About a tenth of the pieces at the beginning, by a hash of their text, or what `held_out` names."""
         if self.source.held_out:
-            return tuple(documents_of(replace(self.source, corpus=self.source.held_out, held_out=None, percentage=100.0,
-                                              domains=(), streaming=False)))
+            return tuple(held_apart(self.source))
         held, size, looked, last, count = [], 0, 0, None, 0
         for piece in (piece for _, read in self.parts for piece in read(None)):
             if not wanted(piece.text, piece.domain, self.source):
