@@ -9,6 +9,7 @@ that came, and their sum, which must be those of the file; the peak of resident 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -26,16 +27,16 @@ MOST = 150          # MB that the peaks may be apart
 
 
 def write_text(path: Path, megabytes: float) -> tuple[int, int]:
-    """Writes numbered lines in paragraphs; returns the number of bytes and their sum."""
-    count, total, i = 0, 0, 0
+    """Writes paragraphs that each occur once; returns the number of bytes and their sum."""
+    lines = [f"@@@@@@@@ {n * n} and {n * 7919 % 1000003} stand in é line\n" + "\n" * (n % 5 == 4) for n in range(20_000)]
+    pattern, count, total = "".join(lines).encode(), 0, 0
     with open(path, "wb") as file:
-        while count < megabytes * 1e6:
-            lines = [f"{n:010d} {n * n} and {n * 7919 % 1000003} stand in é line\n" + "\n" * (n % 5 == 4)
-                     for n in range(i, i + 20_000)]
-            raw = "".join(lines).encode()
+        for i in itertools.count():
+            raw = pattern.replace(b"@@@@@@@@", b"%08d" % i)
             file.write(raw)
-            count, total, i = count + len(raw), total + int(np.frombuffer(raw, np.uint8).sum(dtype=np.int64)), i + 20_000
-    return count, total
+            count, total = count + len(raw), total + int(np.frombuffer(raw, np.uint8).sum(dtype=np.int64))
+            if count >= megabytes * 1e6:
+                return count, total
 
 
 def read_once(path: Path, held_out: Path) -> dict[str, float]:

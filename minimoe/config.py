@@ -131,7 +131,7 @@ class Source:
     field: str | None = None
     """Field or column that holds the text or the chat messages; null is text, else messages."""
     held_out: str | None = None
-    """Path of a text that is only measured on; null holds out a part of the source itself."""
+    """Path of a text that is only measured on, or another split of a dataset; null holds out a part of the source itself."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "domains", (self.domains,) if isinstance(self.domains, str) else self.domains)

@@ -126,6 +126,7 @@ def test_unknown_corpora_and_missing_texts_are_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="pydocs, stdlib, worlds"):
         load_corpus("pydoc")
     monkeypatch.setenv("MINIMOE_DATA", str(tmp_path))
+    monkeypatch.setattr("minimoe.data.corpora.SHAKESPEARE", ("http://127.0.0.1:9/input.txt", ""))      # nobody answers there
     with pytest.raises(ConfigError, match="MINIMOE_DATA"):
         load_corpus("tiny_shakespeare")
     (tmp_path / "tinyshakespeare.txt").write_text("line of the play\n" * 100, encoding="utf-8")

@@ -12,8 +12,7 @@ import random
 import sysconfig
 import urllib.request
 import zlib
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minimoe.config import Source
@@ -39,16 +38,19 @@ def load_corpus(source: str | Source) -> Corpus:
     if source.corpus in ("pydocs", "stdlib", "worlds"):
         corpus = {"pydocs": _pydocs, "stdlib": _stdlib, "worlds": worlds}[source.corpus]()
         parts = [tuple(d for d in docs if wanted(d.text, d.domain, source)) for docs in (corpus.train, corpus.held_out)]
-        need(bool(parts[0]), f"{source.corpus}: no document left by domains={list(source.domains)}, percentage="
-                             f"{source.percentage:g}; its domains are {', '.join(sorted({d.domain for d in corpus.train}))}")
-        corpus = Corpus(name, *parts)
-        documents = [*corpus.train, *corpus.held_out]
+        need(bool(parts[0]), _nothing_left(source, {d.domain for d in corpus.train}))
+        corpus, documents = Corpus(name, *parts), [*parts[0], *parts[1]]
     else:
-        documents, corpus = documents_of(source), None
-    if source.held_out:
-        held = documents_of(replace(source, corpus=source.held_out, held_out=None, percentage=100.0, domains=()))
-        return Corpus(name, tuple(documents), without(documents, held))
-    return corpus or split(name, documents)
+        documents = documents_of(source)
+        corpus = None if source.held_out else split(name, documents)
+    return Corpus(name, tuple(documents), without(documents, held_apart(source))) if source.held_out else corpus
+
+
+def held_apart(source: Source) -> list[Document]:
+    """The documents of a source's `held_out`: a file here, or else another split of the same dataset."""
+    if kind(source) == "dataset" and not Path(source.held_out).exists():
+        return documents_of(Source(corpus=source.corpus, subset=source.subset, split=source.held_out, field=source.field))
+    return documents_of(Source(corpus=source.held_out, field=source.field))
 
 
 def label(source: Source) -> str:
@@ -61,7 +63,7 @@ def label(source: Source) -> str:
 def documents_of(source: Source) -> list[Document]:
     """All documents of files or of a dataset, less what `percentage` and `domains` leave out."""
     documents, seen, of_one, not_empty = [], set(), None, False
-    for name, piece in pieces(source):
+    for name, piece in ((name.removesuffix(Path(name).suffix), piece) for name, read in parts_of(source) for piece in read(None)):
         seen.add(piece.domain)
         not_empty = not_empty or bool(piece.text.strip())
         if not wanted(piece.text, piece.domain, source):
@@ -73,29 +75,34 @@ def documents_of(source: Source) -> list[Document]:
         of_one = name
     whole = [Document(f"{name} {i}" if i else name, "".join(texts), domain) for i, (name, texts, domain) in enumerate(documents)]
     need(not_empty, f"{source.corpus}: the file is empty; name a text file with something in it")
-    need(any(d.text.strip() for d in whole), f"{source.corpus}: no text left by domains={list(source.domains)}, percentage="
-                                             f"{source.percentage:g}; its domains are {', '.join(sorted(seen))}")
+    need(any(d.text.strip() for d in whole), _nothing_left(source, seen))
     return whole
 
 
-def pieces(source: Source) -> Iterable[tuple[str, Piece]]:
-    """The pieces of files or of a dataset, each with the name of its file."""
+def _nothing_left(source: Source, known: set[str]) -> str:
+    return (f"{source.corpus}: no text left by domains={list(source.domains)}, percentage={source.percentage:g}; its domains "
+            f"are {', '.join(sorted(known))}")
+
+
+def parts_of(source: Source) -> list[tuple[str, Callable[[object], Iterator[Piece]]]]:
+    """The files of a source by name, each with what reads it from a place on; a dataset or a bundled text is one part.
+
+    Raises ConfigError naming what is known, for a corpus that is nowhere.
+    """
     if kind(source) == "dataset":
-        return ((source.corpus, piece) for piece in read_dataset(source))
-    return ((f.stem, piece) for f, domain in find_files(source).items() for piece in read_file(f, source, domain)
-            if piece.text)
-
-
-def find_files(source: Source) -> dict[Path, str]:
-    """The files of a source and their domains; a corpus that is nowhere is told with those that are known."""
+        return [(source.corpus, lambda at: read_dataset(source, at))]
+    if source.corpus in ("pydocs", "worlds"):
+        corpus = load_corpus(source.corpus)
+        documents = [*corpus.train, *corpus.held_out]
+        return [(source.corpus, lambda at: (Piece(d.text, d.domain, True, i) for i, d in enumerate(documents, 1)
+                                            if i > (at or 0)))]
     if source.corpus == "tiny_shakespeare":
-        return {_shakespeare(): "prose"}
-    if source.corpus == "stdlib":
-        return dict.fromkeys(_library(), "code")
-    found = files_of(source.corpus)
-    need(bool(found), f"corpus {source.corpus!r}: neither a known name ({', '.join(NAMES)}) nor a file or folder that exists "
+        files = {_shakespeare(): "prose"}
+    else:
+        files = dict.fromkeys(_library(), "code") if source.corpus == "stdlib" else files_of(source.corpus)
+    need(bool(files), f"corpus {source.corpus!r}: neither a known name ({', '.join(NAMES)}) nor a file or folder that exists "
                       "nor the owner/name of a dataset")
-    return found
+    return [(f.name, lambda at, f=f, domain=domain: read_file(f, source, domain, at or 0)) for f, domain in files.items()]
 
 
 def wanted(text: str, domain: str, source: Source) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from minimoe.config import DataConfig, Source, TrainConfig
-from minimoe.data.corpora import label, load_corpus
+from minimoe.data.corpora import held_apart, label, load_corpus
 from minimoe.data.held_out import HELD_OUT_LIMIT, Corpus, Document, Overlap, less
 from minimoe.data.mixture import Mixture, Stream
 from minimoe.data.shards import Shards, fitting_tokenizer, is_shards
@@ -99,7 +99,7 @@ class Tokens:
         need(ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids) > 1,
              f"{source.corpus}: {ids.dtype} of shape {ids.shape}; token ids are one row of whole numbers")
         if source.held_out:
-            return cls(label(source), ids, ids[:0], load_corpus(Source(corpus=source.held_out)).train)
+            return cls(label(source), ids, ids[:0], tuple(held_apart(source)))
         cut = len(ids) - min(HELD_OUT_LIMIT, len(ids) // 10)
         return cls(label(source), ids[:cut], ids[cut:])
 

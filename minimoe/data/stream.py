@@ -9,15 +9,14 @@ import json
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 
 from minimoe.config import Source
-from minimoe.data.corpora import documents_of, find_files, label, load_corpus, wanted
+from minimoe.data.corpora import held_apart, label, parts_of, wanted
 from minimoe.data.held_out import HELD_OUT_LIMIT, Document, Overlap
 from minimoe.data.mixture import permutation
-from minimoe.data.sources import Piece, kind, read_dataset, read_file
+from minimoe.data.sources import Piece
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.settings import ConfigError, need
 
@@ -34,7 +33,9 @@ class RawStream:
     size = None
 
     def __init__(self, source: Source):
-        self.name, self.source, self.parts = label(source), source, _parts(source)
+        self.name, self.source, self.parts = label(source), source, parts_of(source)
+        whole = next((name for name, _ in self.parts if name.endswith(".json")), None)
+        need(whole is None, f"{whole}: a .json file can only be read whole; make it a .jsonl file, or leave streaming out")
         self.avoid, self.held = Overlap(()), set()
         self.held_out = self._hold_out()
         self.held = {_hash(d.text) for d in self.held_out}
@@ -138,8 +139,7 @@ class RawStream:
     def _hold_out(self) -> tuple[Document, ...]:
         """About a tenth of the pieces at the beginning, by a hash of their text, or what `held_out` names."""
         if self.source.held_out:
-            return tuple(documents_of(replace(self.source, corpus=self.source.held_out, held_out=None, percentage=100.0,
-                                              domains=(), streaming=False)))
+            return tuple(held_apart(self.source))
         held, size, looked, last, count = [], 0, 0, None, 0
         for piece in (piece for _, read in self.parts for piece in read(None)):
             if not wanted(piece.text, piece.domain, self.source):
@@ -169,21 +169,6 @@ def encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
             table[raw] = ids
             return lambda text: table[np.frombuffer(text.encode(), np.uint8)]
     return lambda text: np.array(tokenizer.encode(text), dtype=np.int32)
-
-
-def _parts(source: Source) -> list[tuple[str, Callable[[object], Iterator[Piece]]]]:
-    """The files of a source by name, each with what reads it from a place on; a dataset is one part."""
-    if kind(source) == "dataset":
-        return [(source.corpus, lambda at: read_dataset(source, at))]
-    if source.corpus in ("pydocs", "worlds"):
-        corpus = load_corpus(source.corpus)
-        documents = [*corpus.train, *corpus.held_out]
-        return [(source.corpus, lambda at: (Piece(d.text, d.domain, True, i) for i, d in enumerate(documents, 1)
-                                            if i > (at or 0)))]
-    files = find_files(source)
-    whole = next((f for f in files if f.suffix == ".json"), None)
-    need(whole is None, f"{whole}: a .json file can only be read whole; make it a .jsonl file, or leave streaming out")
-    return [(f.name, lambda at, f=f, domain=domain: read_file(f, source, domain, at or 0)) for f, domain in files.items()]
 
 
 def _hash(text: str) -> tuple[int, int]:
