@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from xml.sax.saxutils import escape, quoteattr
 
-from minimoe.explore.svg import INK, LINE, MUTED, PALETTE, PAPER, SANS
+from minimoe.plot import INK, LINE, MUTED, PALETTE, PAPER, SANS
 
 WIDTH, LEFT, SPLIT, NAMES, RIGHT, TOP, ROW = 920, 56, 430, 640, 900, 56, 24      # pixels
 DASHES = ("", "6 3", "2 3")                     # a second and a third round of the colors
