@@ -2,7 +2,7 @@
 
     MINIMOE_DATA=<folder with tinyshakespeare.txt> python benchmarks/ladder.py                  forwards, three seeds
     MINIMOE_DATA=<the same> python benchmarks/ladder.py --backwards                             the same keys, last one first
-    MINIMOE_DATA=<the same> python benchmarks/ladder.py --quick --out runs/quick                the same code in two minutes
+    python benchmarks/ladder.py --quick                              the same code on generated text in a few minutes
 
 Each rung keeps what the rungs before it changed. All runs read the same bytes of training text, those of --steps steps of
 the first rung, and are measured on the same held-out text. Order matters: a key that buys nothing early may buy something
@@ -98,18 +98,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=240, help="steps of switch-small, whose bytes every run reads; default 240")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; default PyTorch's choice")
     parser.add_argument("--mixture", help="other text: a corpus name or a file; default the configs' own")
-    parser.add_argument("--quick", action="store_true", help="2 seeds, 6 steps: to see that it runs")
-    parser.add_argument("--out", type=Path, help="folder of the runs; default runs/ladder or runs/ladder-backwards")
+    parser.add_argument("--quick", action="store_true", help="2 seeds, 6 steps, generated text: to see that it runs")
+    parser.add_argument("--out", type=Path, help="folder of the runs; default runs/ladder, runs/ladder-backwards")
     args = parser.parse_args(argv)
     if args.quick:
-        args.seeds, args.steps = 2, 6
+        args.seeds, args.steps, args.mixture = 2, 6, args.mixture or "worlds"
     name = "ladder-backwards" if args.backwards else "ladder"
-    out = args.out or Path("runs") / name
+    out = args.out or Path("runs") / (name + "-quick" * args.quick)
     ends = []
     for end in (FIRST, LAST):
         config = load_config(ROOT / "configs" / f"{end}.yaml")
         train = dataclasses.replace(config.train, steps=args.steps, warmup=max(1, args.steps // 10),
-                                    eval_every=max(1, args.steps // 3), threads=args.threads)
+                                    eval_every=0 if args.quick else max(1, args.steps // 3), threads=args.threads)
         data = dataclasses.replace(config.data, mixture=args.mixture) if args.mixture else config.data
         ends.append(dataclasses.replace(config, train=train, data=data))
     if args.backwards:          # the same bytes as forwards: this first rung reads what the last one there did
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
               "machine": machine(), "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "wall_seconds": round(seconds), "seeds": result.seeds, "from_first_to_last": whole, "rungs": rows,
               "configs": {e.name: to_dict(e.config) for e in result.entries[:1] + result.entries[-1:]}}
-    results = out if args.quick or args.out else ROOT / "benchmarks" / "results"
+    results = out if args.quick else ROOT / "benchmarks" / "results"
     for suffix, content in (("json", json.dumps(record, indent=1) + "\n"), ("md", text), ("svg", result.svg() + "\n")):
         write_safely(results / f"{name}.{suffix}", lambda p, content=content: p.write_text(content, encoding="utf-8"))
     print(f"\n{text}\n{seconds:.0f} s; wrote {results / name}.json, .md and .svg")
