@@ -60,6 +60,8 @@ class TrainConfig:
     """What the backward pass computes again instead of keeping in memory."""
     compile: bool = False
     """Run the model through torch.compile: some minutes of compiling, then a little faster."""
+    parallel: Literal["none", "ddp", "fsdp", "ep"] = "none"
+    """How the processes that torchrun starts share the work: the batch, also the model, or also the experts."""
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from minimoe.cli.convert import export, import_folder
 from minimoe.cli.training import train
 from minimoe.cli.using import doctor, generate, info
+from minimoe.parallel import let_rank_0_speak
 from minimoe.settings import ConfigError
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         COMMANDS[argv[0]](argv[1:])
     except (ConfigError, ValueError) as error:
+        let_rank_0_speak()
         print(f"minimoe: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
