@@ -5,6 +5,7 @@ number comes out. Choices count as the router made them, before capacity drops a
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -36,11 +37,12 @@ def load_shares(routing: Routing) -> Tensor:
     return counts_E / counts_E.sum().clamp_min(1)
 
 
-def aux_loss(routing: Routing, row_N: Tensor | None = None) -> Tensor:
+def aux_loss(routing: Routing, row_N: Tensor | None = None, over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Switch/GShard auxiliary loss, E * sum_e f_e P_e: f the shares of the choices, P the mean probabilities.
 
     Equals 1 when both are even, up to E on collapse (Fedus et al. 2022, eq. 4-6; for top-k the shares are of all N * K
-    choices). The gradient flows through P only. With `row_N` the loss is taken within each sequence, then averaged.
+    choices). The gradient flows through P only. With `row_N` the loss is taken within each sequence, then averaged. `over_ranks`
+    gives the mean over the ranks of a run on many devices: the shares f are those of all their tokens.
 
     >>> from minimoe.router import softmax_topk
     >>> round(aux_loss(softmax_topk(torch.zeros(6, 3) + torch.eye(3).repeat(2, 1), k=1)).item(), 4)
@@ -49,6 +51,7 @@ def aux_loss(routing: Routing, row_N: Tensor | None = None) -> Tensor:
     n, e = routing.probs.shape
     if row_N is None:
         share_E = torch.bincount(routing.experts.flatten(), minlength=e) / max(n, 1)
+        share_E = share_E if over_ranks is None else over_ranks(share_E)
         return e * (share_E * routing.probs.sum(0) / max(n, 1)).sum() / routing.experts.shape[1]
     rows = int(row_N.max()) + 1 if n else 1
     tokens_R1 = torch.bincount(row_N, minlength=rows).clamp_min(1)[:, None]
@@ -118,7 +121,8 @@ def statistics(routing: Routing, router: nn.Module | None = None) -> dict[str, o
     if getattr(router, "bias_E", None) is not None:
         numbers["bias"] = [round(x, 4) for x in router.bias_E.tolist()]
     if getattr(router, "weight", None) is not None and router.weight.grad is not None:
-        numbers["router_grad"] = router.weight.grad.norm().item()
+        norm = router.weight.grad.norm()
+        numbers["router_grad"] = getattr(norm, "full_tensor", lambda: norm)().item()        # of many ranks, the whole one
     return numbers
 
 

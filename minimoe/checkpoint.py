@@ -25,6 +25,7 @@ from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
 from minimoe.generate import stream
 from minimoe.model import MoETransformer
+from minimoe.parallel import ALONE, Ranks
 from minimoe.plot import Figure, history
 from minimoe.settings import ConfigError, need
 
@@ -101,20 +102,23 @@ class Run:
 
 
 def save(folder: str | Path, model: MoETransformer, tokenizer: Tokenizer | None = None,
-         config: Config | None = None) -> None:
+         config: Config | None = None, ranks: Ranks = ALONE) -> None:
     """Writes what `load(folder)` reads. A config not given is the model's, with defaults for the rest."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safely(folder / "config.yaml", lambda p: save_config(config or Config(model=model.cfg), p))
-    if tokenizer is not None:
-        write_safely(folder / "tokenizer.json", tokenizer.save)
-    save_weights(folder / "model.safetensors", model)
+    if ranks.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safely(folder / "config.yaml", lambda p: save_config(config or Config(model=model.cfg), p))
+        if tokenizer is not None:
+            write_safely(folder / "tokenizer.json", tokenizer.save)
+    save_weights(folder / "model.safetensors", model, ranks)
 
 
-def save_weights(path: Path, model: MoETransformer) -> None:
-    """The weights as safetensors, each once: a tied head and the further copies of a shared router are left out."""
-    state = {k: v.contiguous().cpu() for k, v in model.state_dict().items() if not _tied(k, model.cfg)}
-    write_safely(path, lambda p: save_file(state, str(p)))
+def save_weights(path: Path, model: MoETransformer, ranks: Ranks = ALONE) -> None:
+    """The weights as safetensors, each once: a tied head and the further copies of a shared router are left out. Of many
+    ranks all must call it, and the first one writes."""
+    state = {k: ranks.whole(k, v).contiguous().cpu() for k, v in model.state_dict().items() if not _tied(k, model.cfg)}
+    if ranks.main:
+        write_safely(path, lambda p: save_file(state, str(p)))
 
 
 def load(folder: str | Path, device: str = "cpu", step: int | None = None) -> Run:
@@ -139,14 +143,15 @@ def load(folder: str | Path, device: str = "cpu", step: int | None = None) -> Ru
     return Run(lay_out_for_decoding(model.to(device).eval()), tokenizer, config, folder)
 
 
-def load_weights(path: Path, model: MoETransformer) -> None:
-    """Reads safetensors into the model; every name and shape must fit, nothing is executed."""
+def load_weights(path: Path, model: MoETransformer, ranks: Ranks = ALONE) -> None:
+    """Reads safetensors into the model; every name and shape must fit, nothing is executed. Each rank takes its part."""
     try:
         state = load_file(str(path))
     except (safetensors.SafetensorError, OSError) as error:
         raise ConfigError(f"{path}: damaged or not a safetensors file ({str(error)[:80]}); "
                           "copy it again or train again") from None
     own = {k: v for k, v in model.state_dict().items() if not _tied(k, model.cfg)}
+    state = {k: ranks.part(k, v, own[k]) if k in own else v for k, v in state.items()}
     wrong = [f"{k} is missing" for k in own if k not in state] + [f"{k} is not in this model" for k in state if k not in own]
     wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in own.items()
               if k in state and state[k].shape != v.shape]
@@ -157,30 +162,35 @@ def load_weights(path: Path, model: MoETransformer) -> None:
 
 
 def save_state(run: Path, step: int, model: MoETransformer, optimizer: torch.optim.Optimizer, progress: dict,
-               keep: int = 2) -> Path:
+               keep: int = 2, ranks: Ranks = ALONE) -> Path:
     """Writes checkpoints/<step> of a run folder, all that going on needs, and removes all but the `keep` newest.
 
-    `progress` is what JSON can hold. No random state is needed: each step seeds itself by its number.
+    `progress` is what JSON can hold. No random state is needed: each step seeds itself by its number. Of many ranks all
+    must call it, and the first one writes: the same files, whatever their number.
     """
     home = run / "checkpoints"
     folder, part = home / f"{step:08d}", home / f".{step:08d}.part"
     if folder.is_dir():                         # saved before, and the same step is the same state
         return folder
-    for unfinished in home.glob(".*.part"):     # of a process that was killed
-        shutil.rmtree(unfinished)
+    if ranks.main:
+        for unfinished in home.glob(".*.part"):     # of a process that was killed
+            shutil.rmtree(unfinished)
+        (part / "state").mkdir(parents=True)
     names = {p: name for name, p in model.named_parameters()}
-    tensors = {f"{names[p]}|{key}": value.cpu().contiguous() for p, state in optimizer.state.items()
+    tensors = {(k := f"{names[p]}|{key}"): ranks.whole(k, value).cpu().contiguous() for p, state in optimizer.state.items()
                for key, value in state.items() if isinstance(value, torch.Tensor)}
     try:
-        (part / "state").mkdir(parents=True)
-        save_weights(part / "model.safetensors", model)
+        save_weights(part / "model.safetensors", model, ranks)
+        if not ranks.main:
+            return folder
         write_safely(part / "state" / "optimizer.safetensors", lambda path: save_file(tensors, str(path)))
         write_safely(part / "state" / "progress.json", lambda path: path.write_text(json.dumps(progress), encoding="utf-8"))
         _flush(part / "state")
         _flush(part)
         os.replace(part, folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)             # on a full disk its room is needed
+        if ranks.main:
+            shutil.rmtree(part, ignore_errors=True)         # on a full disk its room is needed
     _flush(home)
     for old in checkpoints(run)[:-keep]:
         _remove(old)
@@ -213,9 +223,9 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(part)
 
 
-def load_state(folder: Path, model: MoETransformer, optimizer: torch.optim.Optimizer) -> dict:
+def load_state(folder: Path, model: MoETransformer, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> dict:
     """Reads a checkpoint into model and optimizer, and gives the `progress` that was saved with it."""
-    load_weights(folder / "model.safetensors", model)
+    load_weights(folder / "model.safetensors", model, ranks)
     parameters = dict(model.named_parameters())
     try:
         tensors = load_file(str(folder / "state" / "optimizer.safetensors"))
@@ -223,7 +233,7 @@ def load_state(folder: Path, model: MoETransformer, optimizer: torch.optim.Optim
         for key, value in tensors.items():
             name, _, part = key.rpartition("|")
             place = parameters[name]
-            optimizer.state[place][part] = value.to(place.device) if value.dim() else value
+            optimizer.state[place][part] = ranks.part(key, value, place)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder / 'state'}: damaged ({str(error)[:80]}); remove this checkpoint to go on from the one "
                           "before") from None

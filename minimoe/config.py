@@ -77,6 +77,8 @@ class TrainConfig:
     """Project at Weights & Biases."""
     wandb_name: str | None = None
     """Name of the run at Weights & Biases; null is that of the run folder."""
+    parallel: Literal["none", "ddp", "fsdp", "ep"] = "none"
+    """How the processes that torchrun starts share the work: the batch, also the model, or also the experts."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -239,7 +241,7 @@ def differences(a: Config, b: Config) -> list[str]:
     >>> differences(Config(), Config(train=TrainConfig(steps=7, device="cpu")))
     ['steps was 500, is 7']
     """
-    free = ("device", "workers", "pin_memory", "log_level", "tensorboard", "wandb", "wandb_project", "wandb_name")
+    free = ("device", "parallel", "workers", "pin_memory", "log_level", "tensorboard", "wandb", "wandb_project", "wandb_name")
     pairs = [(name, old, new) for section, values in to_dict(a).items() for name, old in values.items()
              if (new := to_dict(b)[section][name]) != old and name not in free]
     return [f"{name} was {_spell(old)}, is {_spell(new)}" for name, old, new in pairs]

@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from minimoe.model import MoETransformer
+from minimoe.parallel import ALONE, Ranks
 
 
 @torch.no_grad()
 def held_out_loss(model: MoETransformer, tokens: np.ndarray, seq_len: int, batch_size: int = 16,
-                  stride: int | None = None) -> tuple[float, int]:
+                  stride: int | None = None, ranks: Ranks = ALONE) -> tuple[float, int]:
     """Summed cross-entropy (nats) of every token but the first, and their number.
 
     The text is read in windows of `seq_len` at `stride` (default: no overlap); of each window but the first only the
-    last `stride` tokens count, so that a smaller stride gives every token a longer context.
+    last `stride` tokens count, so that a smaller stride gives every token a longer context. Ranks share each batch.
     """
     was_training, device, stride = model.training, model.embedding.weight.device, stride or seq_len
     model.eval()
@@ -25,7 +26,8 @@ def held_out_loss(model: MoETransformer, tokens: np.ndarray, seq_len: int, batch
         like = [w for w in windows[:batch_size] if (len(w[0]), w[1]) == (len(windows[0][0]), windows[0][1])]
         windows, skip = windows[len(like):], like[0][1]
         batch = torch.stack([w for w, _ in like]).to(device)
-        logits = model(batch[:, :-1]).logits[:, skip:]
-        total += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1 + skip:].flatten(), reduction="sum").item()
+        mine = batch[ranks.rank::ranks.size]
+        logits = model((mine if len(mine) else batch[:1])[:, :-1]).logits[:len(mine), skip:]      # all ranks must call it
+        total += F.cross_entropy(logits.flatten(0, 1).float(), mine[:, 1 + skip:].flatten(), reduction="sum").item()
     model.train(was_training)
-    return total, len(text) - 1
+    return ranks.sum(torch.tensor(total, dtype=torch.float64)).item(), len(text) - 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -99,7 +100,7 @@ class MoETransformer(nn.Module):
         super().__init__()
         if cfg.vocab_size is None:
             raise ConfigError("vocab_size is null: give the tokenizer's vocab_size before building the model")
-        self.cfg, self.recompute_blocks = cfg, False
+        self.cfg, self.recompute_blocks, self.over_ranks = cfg, False, None     # over_ranks: see balance.aux_loss
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.positions = nn.Embedding(cfg.max_seq_len, cfg.dim) if cfg.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
@@ -167,7 +168,7 @@ class MoETransformer(nn.Module):
             losses |= self.routing_losses(routing, rows_of(tokens_BT, real_BT))
             if self.extra_heads:                # head i predicts i + 2 tokens ahead: the targets moved on by i + 1
                 later = [self.head(self.norm(head(x_BTD, tokens_BT, real_BT, rope)[0])) for head in self.extra_heads]
-                losses["mtp"] = torch.stack([cross_entropy(logits[:, :t - i], targets_BT[:, i:])
+                losses["mtp"] = torch.stack([cross_entropy(logits[:, :t - i], targets_BT[:, i:], self.over_ranks)
                                              for i, logits in enumerate(later, 1)]).mean()
             loss = sum(self.coefficient(name) * value for name, value in losses.items())
         return Output(logits_BTV, loss, losses, routing)
@@ -184,7 +185,7 @@ class MoETransformer(nn.Module):
             return losses
         if cfg.balance == "aux":
             within = row_N if cfg.aux_scope == "sequence" else None
-            losses["aux"] = torch.stack([balance.aux_loss(r, within) for r in routing]).mean()
+            losses["aux"] = torch.stack([balance.aux_loss(r, within, self.over_ranks) for r in routing]).mean()
         if cfg.balance == "simbal":
             routers = [self.blocks[i].ffn.router.weight for i in cfg.moe_layers]
             losses["simbal"] = torch.stack([balance.simbal_loss(w) for w in routers]).mean()
@@ -234,13 +235,16 @@ def shape_table(cfg: ModelConfig) -> str:
                      for (name, shape), n in groups.items())
 
 
-def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean over the targets that are not -100, in float32, in nats; 0 where there are none.
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Mean over the targets that are not -100, in float32, in nats; 0 where there are none. `over_ranks`, the mean over
+    the ranks, of their number makes the mean over the ranks of this that of all targets.
 
     >>> cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, -100]])).item()       # ln 4
     1.3862...
     """
     total = SummedCrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten())
+    if over_ranks is not None:
+        return total / over_ranks((targets_BT != -100).sum().float()).clamp_min(1e-9)
     return total / (targets_BT != -100).sum().clamp_min(1)
 
 

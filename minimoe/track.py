@@ -32,11 +32,11 @@ class Tracker:
         self.log = logging.Logger("minimoe", train.log_level.upper())
         self.log.parent = logging.getLogger("minimoe")
         self.log.addHandler(_file_handler(out / "train.log") if out else logging.NullHandler())
-        if train.tensorboard:
+        if out and train.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
-        if train.wandb:
+        if out and train.wandb:
             import wandb
 
             (out / "wandb").mkdir(exist_ok=True)

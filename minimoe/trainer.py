@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from minimoe import balance
+from minimoe import balance, parallel
 from minimoe.checkpoint import (
     Run,
     checkpoints,
@@ -61,6 +61,7 @@ class Trainer:
                  evaluate_with: Callable[[Run, int], dict] | None = None):
         self.out, self.on_step, self.progress, self.evaluate_with = Path(out) if out else None, on_step, progress, evaluate_with
         check_packages(train, self.out)
+        self.ranks = parallel.start(train, model.cfg)
         self.choice = choose(train.device, train.dtype, train.threads)
         tune_cpu(train.threads and self.choice.threads)
         self.data, data_cfg = _as_data(data, tokenizer, model.cfg.vocab_size)
@@ -84,9 +85,9 @@ class Trainer:
         self.notes.append(f"length {self.cfg.steps:,} steps of {a_step:,} tokens"
                           + (f": {self.cfg.steps * a_step / epoch:.2f} epochs" if epoch else ""))
         self.config = Config(model=model.cfg, train=train, data=data_cfg, generate=generate or GenerateConfig())
-        self.model = model.to(self.choice.device)
+        self.model = self.ranks.spread(model.to(self.choice.device))
         self.model.recompute(train.recompute)
-        self.forward = torch.compile(self.model) if train.compile else self.model
+        self.forward = self.ranks.wrap(torch.compile(self.model) if train.compile else self.model)
         self.optimizer = make_optimizer(self.model, train)
         # float16 gradients underflow: the loss is scaled up, and a step whose gradient overflowed is left out
         self.scaler = torch.amp.GradScaler(self.choice.device.type, enabled=self.choice.dtype == torch.float16)
@@ -106,26 +107,32 @@ class Trainer:
         if self.out and resume and checkpoints(self.out):
             self._restore(from_step)
         elif self.out:
-            start_over(self.out)
-            save(self.out, self.model, self.tokenizer, self.config)
-            (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
+            if self.ranks.main:
+                start_over(self.out)
+            save(self.out, self.model, self.tokenizer, self.config, self.ranks)
+            if self.ranks.main:
+                (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
         cfg, until = self.cfg, min(self.cfg.steps, stop_after or self.cfg.steps)
-        bar = tqdm(total=cfg.steps, initial=self.step, disable=None if self.progress else True, unit="step",
+        bar = tqdm(total=cfg.steps, initial=self.step, disable=None if self.progress and self.ranks.main else True, unit="step",
                    dynamic_ncols=True)
-        with Tracker(self.out, self.config, self.step, self.rows) as self.track, bar, explained(cfg, self.out), ctrl_c() as pressed:
+        home = self.out if self.ranks.main else None
+        with Tracker(home, self.config, self.step, self.rows) as self.track, bar, explained(cfg, self.out), ctrl_c() as pressed:
             for line in (*self.notes, f"begins after step {self.step}"):
                 self.track.log.info(line)
-            while self.step < until and not pressed:
+            stop = False
+            while self.step < until and not stop:
                 self._one_step(bar)
-                if self.out and (self.step == until or pressed or cfg.save_every and self.step % cfg.save_every == 0):
+                stop = self.ranks.any(pressed)
+                if self.out and (self.step == until or stop or cfg.save_every and self.step % cfg.save_every == 0):
                     self._save_state()
             if self.out and not self.held_out:
-                save_weights(self.out / "model.safetensors", self.model)
-            self.track.log.info("%s after step %d of %d", "interrupted" if pressed else "ended", self.step, cfg.steps)
-        return self._run(lay_out_for_decoding(self.model.eval()) if self.step == cfg.steps else self.model)
+                save_weights(self.out / "model.safetensors", self.model, self.ranks)
+            self.track.log.info("%s after step %d of %d", "interrupted" if stop else "ended", self.step, cfg.steps)
+        run = self._run()
+        return dataclasses.replace(run, model=lay_out_for_decoding(run.model)) if self.step == cfg.steps else run
 
-    def _run(self, model: MoETransformer) -> Run:
-        return Run(model.eval(), self.tokenizer, self.config, self.out, self.rows)
+    def _run(self) -> Run:
+        return Run(self.ranks.gather(self.model).eval(), self.tokenizer, self.config, self.out, self.rows)
 
     def _one_step(self, bar: tqdm) -> None:
         cfg, started = self.cfg, time.perf_counter()
@@ -134,13 +141,14 @@ class Trainer:
         self.since.append(losses)
         evaluate_now = self.step == cfg.steps or (cfg.eval_every and self.step % cfg.eval_every == 0)
         if self.step % cfg.log_every == 0 or evaluate_now:
-            row = self._row(self.since, routing_stats)
+            row = self._row(self.since, self.ranks.statistics(routing_stats))
             self.since = []
             if evaluate_now and self.held_out:
                 row |= self.evaluate()
                 self._keep_best(row["val_ce"])
             if evaluate_now and self.evaluate_with:
-                row["eval"] = self.evaluate_with(self._run(self.model), self.step)
+                run = self._run()               # all ranks gather it
+                row |= {"eval": self.evaluate_with(run, self.step)} if self.ranks.main else {}
             self._log(row)
             bar.set_postfix_str(colored(summary(row), "yellow", sys.stderr) if "alerts" in row else summary(row))
         bar.update()
@@ -150,39 +158,44 @@ class Trainer:
                     "scaler": self.scaler.state_dict()}
         if isinstance(self.data, TextData):
             progress["data"] = self.data.mixture.state()
-        self.track.log.info("saved %s", save_state(self.out, self.step, self.model, self.optimizer, progress, self.cfg.keep))
+        saved = save_state(self.out, self.step, self.model, self.optimizer, progress, self.cfg.keep, self.ranks)
+        self.track.log.info("saved %s", saved)
 
     def _restore(self, from_step: int | None) -> None:
         """Goes back to a checkpoint, the newest by default; newer ones, and rows that came after it, are taken out."""
         different = differences(load_config(self.out / "config.yaml"), self.config)
         need(not different, f"{self.out} was made with other settings: {'; '.join(different)}. Give them as they were, or "
                             "name another folder")
-        progress = load_state(kept_checkpoint(self.out, from_step), self.model, self.optimizer)
+        progress = load_state(kept_checkpoint(self.out, from_step), self.model, self.optimizer, self.ranks)
         self.step, self.best, self.seconds, self.since = (progress[k] for k in ("step", "best", "seconds", "since"))
         if isinstance(self.data, TextData):
             self.data.mixture.restore(progress.get("data", {}))
         self.scaler.load_state_dict(progress.get("scaler", {}))
-        remove_after(self.out, self.step)
         path = self.out / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-        write_safely(path, lambda p: p.write_text("".join(kept), encoding="utf-8"))
+        if self.ranks.main:
+            remove_after(self.out, self.step)
+            write_safely(path, lambda p: p.write_text("".join(kept), encoding="utf-8"))
         self.rows = [json.loads(line) for line in kept]
 
     def train_step(self) -> tuple[dict[str, float], list[dict]]:
         """One update; returns the raw losses and the routing statistics of each MoE layer."""
         cfg, model = self.cfg, self.model.train()
-        torch.manual_seed(cfg.seed * 1_000_003 + self.step)      # dropout and noise: a function of (seed, step)
+        # dropout and noise: a function of (seed, step, rank)
+        torch.manual_seed(cfg.seed * 1_000_003 + self.step + (self.ranks.rank << 40))
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * lr_scale(self.step, cfg)
         micro = [self._batch(self.step * cfg.accumulate + i) for i in range(cfg.accumulate)]
-        n_targets = sum(int((targets != -100).sum()) for _, targets in micro)
+        # of all ranks the mean, here and below: that of their gradients is then the gradient of the whole batch
+        n_targets = self.ranks.mean(torch.tensor(sum(int((targets != -100).sum()) for _, targets in micro)).double()).item()
         if n_targets == 0:
             raise ConfigError(f"step {self.step}: no target in the whole batch (all are -100): check the dataset")
         total: dict[str, float] = {}
         routers = [m.router for m in model.modules() if isinstance(m, MoE)]
         counts = [0.0] * len(routers)
-        for inputs_BT, targets_BT in micro:
+        for i, (inputs_BT, targets_BT) in enumerate(micro, 1):
+            self.ranks.exchange(self.forward, now=i == cfg.accumulate)
             with self.choice.autocast():
                 out = self.forward(inputs_BT, targets_BT)
             counts = [c + balance.load_counts(r) for c, r in zip(counts, out.routing)]
@@ -195,7 +208,7 @@ class Trainer:
                 total[name] = total.get(name, 0.0) + value.item() * weight
         self.scaler.unscale_(self.optimizer)
         statistics = [balance.statistics(*pair) for pair in zip(out.routing, routers)]       # gradients not yet clipped
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        norm, total = self.ranks.clip(model, cfg.clip), self.ranks.mean_of(total)
         skipped = not math.isfinite(norm.item())
         if skipped and self.scaler.get_scale() <= 1:        # 1 where nothing is scaled
             raise FloatingPointError(f"step {self.step}: the gradient is not finite (loss {total['ce']:.3f}); "
@@ -205,7 +218,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if model.cfg.balance == "bias":
             for router, counts_E in zip(routers, counts):
-                balance.update_bias(router.bias_E, counts_E, model.cfg.bias_speed)
+                balance.update_bias(router.bias_E, self.ranks.sum(counts_E), model.cfg.bias_speed)
         self.step += 1
         total["grad_norm"] = 0.0 if skipped else norm.item()
         return total | ({"skipped": float(skipped)} if self.scaler.is_enabled() else {}), statistics
@@ -216,7 +229,7 @@ class Trainer:
         total, count, n_bytes, val = 0.0, 0, 0, {}
         for name, (tokens, size) in self.held_out.items():
             with self.choice.autocast():
-                nats, n = held_out_loss(self.model, tokens, self.seq_len, self.cfg.batch_size, self.seq_len // 2)
+                nats, n = held_out_loss(self.model, tokens, self.seq_len, self.cfg.batch_size, self.seq_len // 2, self.ranks)
             val[name] = round(nats / math.log(2) / size, 5)
             total, count, n_bytes = total + nats, count + n, n_bytes + size
         return {"val_ce": round(total / count, 5), "val_bpb": round(total / math.log(2) / n_bytes, 5), "val": val}
@@ -232,7 +245,7 @@ class Trainer:
                 order = np.random.Generator(np.random.Philox((self.cfg.seed << 32) + i // n)).permutation(n)
                 picks.append(self.data[int(order[i % n])])
             inputs_BT, targets_BT = (torch.stack([torch.as_tensor(p[j]) for p in picks]) for j in (0, 1))
-        return tuple(t.to(self.choice.device, non_blocking=t.is_pinned()) for t in (inputs_BT, targets_BT))
+        return tuple(self.ranks.rows(t).to(self.choice.device, non_blocking=t.is_pinned()) for t in (inputs_BT, targets_BT))
 
     def _row(self, since: list[dict], routing_stats: list[dict]) -> dict:
         row = {"step": self.step, "tokens": self.step * self.cfg.batch_size * self.cfg.accumulate * self.seq_len,
@@ -246,12 +259,12 @@ class Trainer:
         if val_ce < self.best:
             self.best = val_ce
             if self.out:
-                save_weights(self.out / "model.safetensors", self.model)
+                save_weights(self.out / "model.safetensors", self.model, self.ranks)
 
     def _log(self, row: dict) -> None:
         self.rows.append(row)
         self.track.write(row)
-        if self.on_step:
+        if self.on_step and self.ranks.main:
             self.on_step(self, row)
 
 
@@ -292,10 +305,14 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
                       samples: Iterable[str] = (), from_step: int | None = None) -> Run:
     """Everything that `minimoe train` does: data, tokenizer, a model from the seed, training, samples."""
     tune_cpu()
+    ranks = parallel.start(config.train, config.model)
+    say, samples = (say, samples) if ranks.main else (lambda line: None, ())
     goes_on = bool(resume and out and checkpoints(Path(out)))
     if resume and not goes_on:
         say(f"{out}: no complete checkpoint to go on from, so this run starts at step 0")
-    data = load_data(config.data, Tokenizer.load(Path(out)) if goes_on else None)
+    data = load_data(config.data, Tokenizer.load(Path(out)) if goes_on else None) if ranks.main else None
+    tokenizer = ranks.from_main(data and data.tokenizer.inner.to_str())         # trained once
+    data = data or load_data(config.data, Tokenizer.from_text(tokenizer))
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     if goes_on and config.train.batch_size == "auto":       # what was found when the run began

@@ -12,6 +12,7 @@ from minimoe.cli.convert import export, import_folder
 from minimoe.cli.data import data
 from minimoe.cli.training import train
 from minimoe.cli.using import doctor, generate, info
+from minimoe.parallel import let_rank_0_speak
 from minimoe.settings import ConfigError
 from minimoe.track import colored
 
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         COMMANDS[argv[0]](argv[1:])
     except (ConfigError, ValueError) as error:
+        let_rank_0_speak()
         print(colored(f"minimoe: error: {error}", "red", sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

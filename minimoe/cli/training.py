@@ -48,12 +48,18 @@ def train(argv: list[str]) -> None:
     args = parse(TrainArgs, argv, "train", default=defaults)
     need(args.step is None or args.resume, f"--step {args.step} names the checkpoint to go on from: give --resume too")
     out = args.out or Path("runs") / (args.config.stem if args.config else "train")
-    if out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume):
+    from minimoe import parallel
+
+    if parallel.is_main() and out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume):
         raise ConfigError(f"{out} exists already: name another --out, go on with --resume, or give --overwrite")
     from minimoe.trainer import train_from_config
 
-    run = train_from_config(args.settings, out, resume=args.resume, stop_after=args.stop_after, say=print,
-                            samples=SAMPLE_PROMPTS, from_step=args.step)
+    with parallel.watch():
+        run = train_from_config(args.settings, out, resume=args.resume, stop_after=args.stop_after, say=print,
+                                samples=SAMPLE_PROMPTS, from_step=args.step)
+    parallel.finish()
+    if not parallel.is_main():
+        return
     rows = run.metrics()
     best = min((r for r in rows if "val_bpb" in r), key=lambda r: r["val_ce"], default=None)
     if best:

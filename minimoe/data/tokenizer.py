@@ -117,6 +117,11 @@ class Tokenizer:
         except Exception as error:              # the library raises a bare Exception
             raise ConfigError(f"{file}: not a tokenizer.json ({str(error)[:80]})") from None
 
+    @classmethod
+    def from_text(cls, text: str) -> Tokenizer:
+        """Of what stands in a tokenizer.json."""
+        return cls(tokenizers.Tokenizer.from_str(text))
+
     def save(self, path: str | Path) -> None:
         self.inner.save(str(path))
 
