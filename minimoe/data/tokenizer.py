@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from minimoe.settings import ConfigError, need
 
