@@ -101,7 +101,7 @@ def main() -> None:
     print(f"apart: {apart:.0f} MB, at most {MOST} wanted; no token lost or repeated")
     out = args.out or (RESULT if args.megabytes == [2000, 20] else None)
     if out:
-        result = {"command": "python " + " ".join(sys.argv), "rows": rows, "apart_mb": round(apart, 1), "most_mb": MOST,
+        result = {"command": f"python benchmarks/streaming.py --megabytes {rows[0]['megabytes']:g} {rows[1]['megabytes']:g}", "rows": rows, "apart_mb": round(apart, 1), "most_mb": MOST,
                   "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
                   "versions": {"python": platform.python_version(), **{m: metadata.version(m) for m in ("torch", "numpy")}}}
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -82,7 +82,7 @@ def test_reading_goes_on_from_any_place(name, folder):
 
 def test_a_text_file_in_pieces_is_the_text_and_its_tokens(tmp_path):
     r = np.random.default_rng(0)
-    words = ["the", "Füße", "for", "x = 1", "漢字", "\n    y", "line\nend", "last.\n\nNext", "🙂"]
+    words = ["the", "Füße", "for", "x = 1", "漢字", "\n    y", "line\nend", "last.\n\nNext", "a\n\n\nb", "🙂"]
     text = " ".join(r.choice(words, 60_000).tolist())
     file = tmp_path / "a.txt"
     file.write_text(text, encoding="utf-8", newline="")
