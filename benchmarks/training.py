@@ -84,7 +84,8 @@ def rows(kind: str, found: dict[str, list[dict]]) -> list[dict]:
         for side, text in (("ours", "configs/shakespeare.yaml"), ("twin", "its dense twin")):
             reached = sum(f["loss"] <= GOAL for f in found[side])
             lines.append({"what": f"seconds of training to a loss of {GOAL}, {text}", "against": "baseline (a), nanoGPT's recipe",
-                          "ours": median(side), "theirs": theirs, "unit": "s", "ratio": median(side) / theirs, "better": "lower", "target": 0.2 if side == "ours" else None,
+                          "ours": median(side), "theirs": theirs, "unit": "s", "ratio": median(side) / theirs,
+                          "better": "lower", "target": 0.2 if side == "ours" else None,
                           "holds": median(side, "loss") <= GOAL if side == "ours" else None,
                           "note": f"loss {median(side, 'loss'):.3f} against {median('baseline', 'loss'):.3f}; {reached} of "
                                   f"{len(found[side])} seeds at most {GOAL}; {found[side][0]['tokens']:,} tokens against "
