@@ -1,8 +1,8 @@
 """Baseline (b) of training.py: an MoE language model as tutorials write it, with the defaults of `moellama`.
 
 One module per expert, and for each expert a boolean mask of the tokens that chose it. Noise on the router's logits, top-2
-of 8, one shared expert; GELU, hidden size 1024, biases; RMSNorm, rotary positions, tied embeddings, dropout 0.1; AdamW
-3e-4; float32. The attention is PyTorch's, which many tutorials do not use: the comparison is of experts, not of attention.
+of 8, one shared expert behind a gate; GELU, hidden size 1024, biases; RMSNorm, rotary positions, tied embeddings, dropout
+0.1; AdamW 3e-4; float32. The attention is PyTorch's, which many tutorials do not use: the comparison is of experts, not of attention.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MoE(nn.Module):
         super().__init__()
         self.router, self.top_k = nn.Linear(dim, experts, bias=False), top_k
         self.experts = nn.ModuleList(Expert(dim, hidden) for _ in range(experts))
-        self.shared = Expert(dim, hidden)
+        self.shared, self.gate = Expert(dim, hidden), nn.Linear(dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         flat = x.view(-1, x.shape[-1])
@@ -41,7 +41,7 @@ class MoE(nn.Module):
                 out[mask] += expert(flat[mask]) * weight[:, None]
         share = F.one_hot(chosen, len(self.experts)).float().mean(dim=(0, 1))
         aux = len(self.experts) * (share * logits.softmax(-1).mean(0)).sum()
-        return (out + self.shared(flat)).view_as(x), aux
+        return (out + self.gate(flat).sigmoid() * self.shared(flat)).view_as(x), aux
 
 
 class Attention(nn.Module):

@@ -43,7 +43,7 @@ def shakespeare_plan(quick: bool) -> list[Work]:
 
 def loader_plan(quick: bool) -> list[Work]:
     work = Work(kind="loader", side="ours", steps=1 if quick else 10, batches=8 if quick else 200)
-    return [replace(work, batch=2, seq=32) if quick else work] * (1 if quick else 3)
+    return [replace(work, batch=2, seq=32, tokenizer="bytes") if quick else work] * (1 if quick else 3)
 
 
 def moellama_plan(quick: bool) -> list[Work]:
@@ -54,8 +54,9 @@ def moellama_plan(quick: bool) -> list[Work]:
 
 
 def resume_plan(quick: bool) -> list[Work]:
-    works = [Work(kind="resume", side=side, seq=32 if quick else 256) for side in ("moellama", "pydocs")]
-    return works[1:] if quick else works * 3
+    if quick:
+        return [Work(kind="resume", side="pydocs", seq=32, tokenizer="bytes")]
+    return [Work(kind="resume", side=side) for side in ("moellama", "pydocs")] * 3
 
 
 PLANS = {"shakespeare": shakespeare_plan, "loader": loader_plan, "moellama": moellama_plan, "resume": resume_plan}
@@ -79,11 +80,11 @@ def rows(kind: str, found: dict[str, list[dict]]) -> list[dict]:
     """The lines of the table that the figures of a kind make, by side; `better` lower or higher than `target`."""
     median = lambda side, key="value": statistics.median(f[key] for f in found[side])
     if kind == "shakespeare":
-        lines = []
+        lines, theirs = [], median("baseline")
         for side, text in (("ours", "configs/shakespeare.yaml"), ("twin", "its dense twin")):
             reached = sum(f["loss"] <= GOAL for f in found[side])
             lines.append({"what": f"seconds of training to a loss of {GOAL}, {text}", "against": "baseline (a), nanoGPT's recipe",
-                          "ours": median(side), "theirs": median("baseline"), "unit": "s", "ratio": median(side) / median("baseline"),
+                          "ours": median(side), "theirs": theirs, "unit": "s", "ratio": median(side) / theirs,
                           "better": "lower", "target": 0.2 if side == "ours" else None,
                           "holds": median(side, "loss") <= GOAL if side == "ours" else None,
                           "note": f"loss {median(side, 'loss'):.3f} against {median('baseline', 'loss'):.3f}; {reached} of "

@@ -26,7 +26,7 @@ from minimoe.trainer import train_from_config
 CONFIGS = Path(__file__).parents[1] / "configs"
 BLOCK = 64              # the windows that the whole held-out tenth is read in, by every side alike
 MOELLAMA = ModelConfig(vocab_size=5000, dim=256, n_layers=4, n_heads=8, max_seq_len=256, n_experts=8, top_k=2,
-                       expert_hidden=1024, n_shared_experts=1, activation="gelu", router_noise=0.1, dropout=0.1)
+                       expert_hidden=1024, n_shared_experts=1, shared_gate=True, activation="gelu", router_noise=0.1, dropout=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class Work:
     batches: int = 200              # that the loader makes
     batch: int = 16
     seq: int = 256
+    tokenizer: str = "bpe"          # of loader and resume
 
 
 def measure(work: Work) -> dict:
@@ -118,7 +119,7 @@ def loader(work: Work) -> dict:
     """What share of a step's time its batch takes: three sources packed to `seq`, the model of configs/pydocs.yaml. The
     batches are made one by one and not ahead, and they are part of the step that they are compared with."""
     config = load_config(CONFIGS / "pydocs.yaml")
-    data = load_data(replace(config.data, mixture=("pydocs", "stdlib", "worlds")))
+    data = load_data(replace(config.data, mixture=("pydocs", "stdlib", "worlds"), tokenizer=work.tokenizer))
     torch.manual_seed(work.seed)
     train = replace(config.train, batch_size=work.batch, seq_len=work.seq, device="cpu")
     trainer = Trainer(MoETransformer(replace(config.model, vocab_size=data.tokenizer.vocab_size)), train, data, progress=False)
@@ -156,13 +157,13 @@ class Started(Exception):
 
 
 def resume(work: Work) -> dict:
-    """Seconds from reading the config to the first update of a resumed run, less what only reading the files of its checkpoint
-    takes in the same process. Reading and encoding the text is part of it; the start of Python and the imports are over by then, as for any command."""
+    """Seconds from reading the text to the first update of a resumed run, less what only reading the files of its
+    checkpoint takes in the same process. The start of Python and the imports are over by then, as for any command."""
     config = load_config(CONFIGS / "pydocs.yaml")
     if work.side == "moellama":
         config = Config(model=replace(MOELLAMA, vocab_size=None), data=DataConfig(mixture="pydocs", tokenizer_vocab=5000))
     train = replace(config.train, steps=4, batch_size=2, seq_len=work.seq, device="cpu")
-    config = replace(config, train=train)
+    config = replace(config, train=train, data=replace(config.data, tokenizer=work.tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         train_from_config(config, run, stop_after=2, progress=False)

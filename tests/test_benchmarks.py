@@ -1,8 +1,9 @@
-"""benchmarks/engine.py: it runs from one end to the other, its table is whole, and both sides of it do the same work."""
+"""benchmarks/engine.py and training.py: they run from one end to the other, tables are whole, and both sides do the same work."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,91 @@ def test_parts_of_another_machine_are_not_mixed_in(engine, tmp_path, monkeypatch
     monkeypatch.setattr(engine, "machine", lambda place: {"cpu": "another"})
     engine.store(out, "cpu", "generate", {"rows": []})
     assert list(json.loads(out.read_text(encoding="utf-8"))["parts"]) == ["generate"]
+
+
+# --- training.py -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def training(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    pytest.importorskip("transformers", reason="its version is part of the record")
+    return pytest.importorskip("training")
+
+
+@pytest.mark.slow
+def test_training_runs_whole(tmp_path):
+    """All rows at tiny sizes, on a text that stands in for Shakespeare's."""
+    pytest.importorskip("transformers", reason="its version is part of the record")
+    text = "".join(f"{i} speaks: what is the {i * i}th word of all these {i % 7} words?\n" for i in range(400))
+    (tmp_path / "tinyshakespeare.txt").write_text(text, encoding="utf-8")
+    out, kept = tmp_path / "training.json", FOLDER / "results" / "training.json"
+    before = kept.read_bytes() if kept.exists() else None
+    done = subprocess.run([sys.executable, str(FOLDER / "training.py"), "--quick", "--out", str(out)], capture_output=True,
+                          text=True, encoding="utf-8", timeout=500, env=os.environ | {"MINIMOE_DATA": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert (kept.read_bytes() if kept.exists() else None) == before, "--quick touched the recorded results"
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert list(result["parts"]) == ["shakespeare", "loader", "moellama", "resume"]
+    for part in result["parts"].values():
+        assert "--quick" in part["command"] and part["threads"] >= 1
+        for row in part["rows"]:
+            assert row["ratio"] > 0 and row["met"] is None and f"| {row['what']} |" in done.stdout
+    sides = result["parts"]["shakespeare"]["sides"]
+    assert set(sides) == {"ours", "twin", "baseline"}
+    assert sides["ours"]["params"]["median"] > 2 * sides["twin"]["params"]["median"]
+    assert all(side["loss"]["median"] < 6 for side in sides.values())
+
+
+def test_held_out_loss_counts_every_target_once(training):
+    """Windows of 64 that do not overlap: only what stands in the same window can help."""
+    import numpy as np
+    import torch
+    from training_sides import held_out
+
+    ids = np.arange(200) % 10
+
+    def knows_the_window(tokens):       # certain of the next token, but for the first place of a window
+        logits = torch.full((*tokens.shape, 10), 0.0)
+        logits[:, 1:].scatter_(2, ((tokens[:, 1:] + 1) % 10)[..., None], 50.0)
+        return logits
+
+    windows = -(-199 // 64)
+    assert held_out(knows_the_window, ids) == pytest.approx(windows * np.log(10) / 199, rel=1e-5)
+
+
+def test_the_baselines_are_as_published(training):
+    import baseline_dense
+    import baseline_moe
+    import numpy as np
+    from training_sides import MOELLAMA
+
+    dense = baseline_dense.Training(np.arange(400) % 65, 65, seed=0)
+    assert sum(p.numel() for p in dense.model.parameters()) == 804_096     # nanoGPT prints 0.80M, positions left out
+    assert [round(baseline_dense.learning_rate(s), 6) for s in (99, 100, 2000)] == [0.00099, 0.001, 0.0001]
+    assert dense.step() == pytest.approx(np.log(65), abs=0.3)
+    assert MOELLAMA.num_params() == 21_214_464
+    moe = baseline_moe.TutorialMoE(vocab=50, dim=16, layers=1, heads=2, hidden=8)
+    ours = sum(p.numel() for n, p in baseline_moe.TutorialMoE().named_parameters() if "bias" not in n)
+    assert ours == MOELLAMA.num_params()        # the same model but for the biases of the experts
+    import torch
+
+    tokens = torch.arange(33).expand(4, 33) % 5
+    losses = [moe.step(tokens[:, :-1], tokens[:, 1:]) for _ in range(200)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_share_of_the_time_only_counts_where_the_loss_is_reached(training):
+    side = lambda seconds, loss: [{"value": seconds, "loss": loss, "tokens": 1}] * 3
+    reached = training.rows("shakespeare", {"ours": side(5.0, 1.89), "twin": side(4.0, 1.9), "baseline": side(50.0, 1.9)})
+    missed = training.rows("shakespeare", {"ours": side(5.0, 1.91), "twin": side(4.0, 1.9), "baseline": side(50.0, 1.9)})
+    slow = training.rows("shakespeare", {"ours": side(15.0, 1.89), "twin": side(4.0, 1.9), "baseline": side(50.0, 1.9)})
+    assert [training.met(lines[0]) for lines in (reached, missed, slow)] == [True, False, False]
+    assert reached[0]["ratio"] == 0.1 and training.met(reached[1]) is None
+
+
+def test_the_speed_of_the_loader_is_its_share(training):
+    figures = {"value": 0.03, "loader_tokens_per_second": 100.0, "training_tokens_per_second": 3.0}
+    line = training.rows("loader", {"ours": [figures]})[0]
+    assert line["ratio"] == 0.03 and training.met(line) is False
+    faster = [{"value": 9.0}], [{"value": 3.0}]
+    assert training.met(training.rows("moellama", dict(zip(("ours", "baseline"), faster)))[0]) is True
+    assert training.met(training.rows("moellama", dict(zip(("baseline", "ours"), faster)))[0]) is False
