@@ -19,7 +19,7 @@ LEVELS = [
     {"attention", "router"},
     {"balance", "experts"},
     {"model"},
-    {"generate", "lora", "parallel", "data", "optimizer", "cost"},
+    {"generate", "lora", "parallel", "data", "optimizer", "cost", "launch"},
     {"checkpoint"},
     {"trainer"},
     {"stages"},

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from minimoe.cli.convert import export, import_folder
 from minimoe.cli.training import train
 from minimoe.cli.using import doctor, generate, info
-from minimoe.parallel import let_rank_0_speak
+from minimoe.launch import let_rank_0_speak
 from minimoe.settings import ConfigError
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
