@@ -12,7 +12,7 @@ from minimoe.cli.convert import export, import_folder
 from minimoe.cli.data import data
 from minimoe.cli.training import train
 from minimoe.cli.using import doctor, generate, info
-from minimoe.parallel import let_rank_0_speak
+from minimoe.launch import let_rank_0_speak
 from minimoe.settings import ConfigError
 from minimoe.track import colored
 

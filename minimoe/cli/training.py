@@ -9,6 +9,7 @@ import tyro
 
 from minimoe.cli.parse import parse, value_of
 from minimoe.config import Config, TrainConfig, load_config
+from minimoe.launch import is_main, watch
 from minimoe.settings import ConfigError, need
 
 XZ_LIMIT = 20_000_000       # characters: above it the yardstick takes longer than it tells, and of a stream it cannot be had
@@ -48,17 +49,16 @@ def train(argv: list[str]) -> None:
     args = parse(TrainArgs, argv, "train", default=defaults)
     need(args.step is None or args.resume, f"--step {args.step} names the checkpoint to go on from: give --resume too")
     out = args.out or Path("runs") / (args.config.stem if args.config else "train")
-    from minimoe import parallel
-
-    if parallel.is_main() and out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume):
+    if is_main() and out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume):
         raise ConfigError(f"{out} exists already: name another --out, go on with --resume, or give --overwrite")
+    from minimoe.parallel import finish
     from minimoe.trainer import train_from_config
 
-    with parallel.watch():
+    with watch():
         run = train_from_config(args.settings, out, resume=args.resume, stop_after=args.stop_after, say=print,
                                 samples=SAMPLE_PROMPTS, from_step=args.step)
-    parallel.finish()
-    if not parallel.is_main():
+    finish()
+    if not is_main():
         return
     rows = run.metrics()
     best = min((r for r in rows if "val_bpb" in r), key=lambda r: r["val_ce"], default=None)
