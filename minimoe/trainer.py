@@ -101,12 +101,13 @@ class Trainer:
         follows is as if it had never stopped. Raises ConfigError where the folder was made with other settings, and
         where memory or disk run out.
         """
-        if self.out and resume and checkpoints(self.out):
-            self._restore(from_step)
-        elif self.out:
-            start_over(self.out)
-            save(self.out, self.model, self.tokenizer, self.config)
-            (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
+        with explained(self.cfg, self.out):
+            if self.out and resume and checkpoints(self.out):
+                self._restore(from_step)
+            elif self.out:
+                start_over(self.out)
+                save(self.out, self.model, self.tokenizer, self.config)
+                (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
         cfg, until = self.cfg, min(self.cfg.steps, stop_after or self.cfg.steps)
         bar = tqdm(total=cfg.steps, initial=self.step, disable=None if self.progress else True, unit="step",
                    dynamic_ncols=True)
