@@ -104,14 +104,11 @@ class Trainer:
         follows is as if it had never stopped. Raises ConfigError where the folder was made with other settings, and
         where memory or disk run out.
         """
-        if self.out and resume and checkpoints(self.out):
-            self._restore(from_step)
-        elif self.out:
-            if self.ranks.main:
-                start_over(self.out)
-            save(self.out, self.model, self.tokenizer, self.config, self.ranks)
-            if self.ranks.main:
-                (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
+        with explained(self.cfg, self.out):
+            if self.out and resume and checkpoints(self.out):
+                self._restore(from_step)
+            elif self.out:
+                self._start_folder()
         cfg, until = self.cfg, min(self.cfg.steps, stop_after or self.cfg.steps)
         bar = tqdm(total=cfg.steps, initial=self.step, disable=None if self.progress and self.ranks.main else True, unit="step",
                    dynamic_ncols=True)
@@ -130,6 +127,13 @@ class Trainer:
             self.track.log.info("%s after step %d of %d", "interrupted" if stop else "ended", self.step, cfg.steps)
         run = self._run()
         return dataclasses.replace(run, model=lay_out_for_decoding(run.model)) if self.step == cfg.steps else run
+
+    def _start_folder(self) -> None:
+        if self.ranks.main:
+            start_over(self.out)
+        save(self.out, self.model, self.tokenizer, self.config, self.ranks)
+        if self.ranks.main:
+            (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
 
     def _run(self) -> Run:
         return Run(self.ranks.gather(self.model).eval(), self.tokenizer, self.config, self.out, self.rows)

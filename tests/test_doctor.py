@@ -1,4 +1,5 @@
 """`minimoe doctor` and `minimoe info`: what they say holds, and a machine that computes wrongly is noticed."""
+import pytest
 import torch
 
 from minimoe import doctor, experts
@@ -15,10 +16,24 @@ def test_doctor_says_what_will_be_used_and_why(capsys):
     assert all("agrees with the CPU reference" in line for line in shown[5:]) and len(shown) == 7
 
 
-def test_a_machine_that_computes_wrongly_is_noticed(monkeypatch):
+def test_doctor_says_why_it_takes_these_threads_and_checks_the_dtype_asked_for(capsys):
+    before = torch.get_num_threads()
+    try:
+        assert main(["doctor", "--device", "cpu", "--dtype", "bfloat16", "--threads", "1"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    shown = capsys.readouterr().out
+    assert "threads 1: asked for, of" in shown and "dtype bfloat16: asked for" in shown and "cpu bfloat16: agrees with" in shown
+    assert main(["doctor", "--dtype", "int8"]) == 2 and "dtype='int8': use auto" in capsys.readouterr().err
+
+
+def test_a_machine_that_computes_wrongly_is_noticed(monkeypatch, capsys):
     right = experts.grouped_experts
     monkeypatch.setattr(experts, "grouped_experts", lambda *args: right(*args) * 1.2)
     assert "DIFFERS from" in doctor.parity(choose("cpu", "float32"))[0]
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--device", "cpu"])
+    assert stop.value.code == 1
 
 
 def test_dispatch_is_explained():

@@ -4,9 +4,7 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from minimoe.data.loader import load_data
 from minimoe.model import MoETransformer
 from minimoe.settings import ConfigError
 from minimoe.trainer import Trainer
+from tests.kills import kill_after
 
 STEPS = 7
 MODEL = ModelConfig(vocab_size=300, dim=16, n_layers=2, n_heads=2, max_seq_len=16, n_experts=4, top_k=2, expert_hidden=16,
@@ -120,15 +119,7 @@ def test_kill_at_any_moment_loses_nothing_older(data, tmp_path):
     draw = random.Random(0)
     for kill in range(3):
         out = tmp_path / str(kill)
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], cwd=Path(__file__).parents[1],
-                                   stderr=subprocess.PIPE, text=True)
-        while not checkpoints(out):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0.1, 1.0))
-        process.kill()
-        process.communicate()
-        newest = int(checkpoints(out)[-1].name)
+        newest, _ = kill_after([sys.executable, "-c", KILLED, str(out)], out, draw.uniform(0.0, 5.0))
         assert 1 <= newest < 30
         assert load(out, step=newest).model is not None and load(out).model is not None
         again = trainer(data, out, train=train)
