@@ -6,7 +6,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from minimoe.plot import INK, LINE, MUTED, PALETTE, PAPER, SANS
 
-WIDTH, LEFT, SPLIT, NAMES, RIGHT, TOP, ROW = 920, 56, 430, 640, 900, 56, 24      # pixels
+WIDTH, LEFT, SPLIT, NAMES, RIGHT, TOP, ROW = 920, 56, 400, 650, 900, 56, 24      # pixels
 DASHES = ("", "6 3", "2 3")                     # a second and a third round of the colors
 
 
@@ -65,7 +65,7 @@ def draw(rows: list[tuple[str, float, float | None, list[tuple[float, float]]]],
         body.append(f'<g data-name={quoteattr(name)} data-bpb="{end:.5f}">'
                     f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>'
                     + "".join(f'<circle cx="{x_of(x):.1f}" cy="{y_of(v):.1f}" r="2.5" fill="{color}"/>' for x, v in curve[-1:])
-                    + _line(SPLIT + 10, y, SPLIT + 32, y, color, 3, dash) + _text(SPLIT + 40, y + 4, name, INK, 12)
+                    + _line(SPLIT + 10, y, SPLIT + 32, y, color, 3, dash) + _text(SPLIT + 40, y + 4, name if len(name) < 31 else name[:29] + "…", INK, 12)
                     + (_line(place(end - half), y, place(end + half), y, color, 3) if half is not None else "")
                     + f'<circle cx="{place(end):.1f}" cy="{y}" r="5" fill="{color}" stroke="{INK}"/></g>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" '

@@ -43,11 +43,12 @@ def bytes_per_token(data: DataConfig) -> float:
 def test_runs_are_equal_in_what_was_asked_for():
     both = {"characters": BASE, "bpe": BPE, "wider": WIDER}
     for equal in ("bytes", "flops", "active"):
-        plan, _ = room.equal_cost(both, equal, dense=False)
+        plan, data = room.equal_cost(both, equal, dense=False)
         tokens, per_step = 32, {}
         for n, c in plan.items():
             per_step[n] = tokens * {"bytes": bytes_per_token(c.data), "flops": 3 * c.model.flops_per_token(16),
                                     "active": c.model.active_params()}[equal]
+            assert room.cost_per_step(c, data[c.data], equal) == pytest.approx(per_step[n])
         costs = {n: plan[n].train.steps * per_step[n] for n in plan}
         assert plan["characters"].train.steps == 12
         assert all(abs(costs[n] - costs["characters"]) <= per_step[n] / 2 for n in plan)
@@ -104,6 +105,7 @@ def test_what_is_finished_is_not_run_again_and_the_rest_goes_on(tmp_path, monkey
     assert calls[3:] == ["aseed1", "bseed1"] and [line.endswith("finished before") for line in said] == [True, True, False, False]
     assert before == {p: p.stat().st_mtime_ns for p in before} and len(before) >= 10
     assert [e.bpb for e in result.entries] == [e.bpb for e in whole.entries]          # the interrupted one went on exactly
+    assert (out / "a" / "seed1" / "checkpoints" / "00000005").is_dir()                # and did not begin anew
     with pytest.raises(ConfigError, match="other settings: lr was 0.003, is 0.1"):
         compare({"a": dataclasses.replace(BASE, train=dataclasses.replace(TRAIN, lr=0.1)), "b": WIDER}, out=out, seeds=2)
 
