@@ -205,7 +205,7 @@ def start(train: TrainConfig, model: ModelConfig) -> Ranks:
         need(not model.share_router and model.balance != "simbal",
              "parallel=fsdp gathers one block at a time, but share_router and balance: simbal need the routers of all blocks "
              "at once: use ddp or ep")
-        need(getattr(train, "optimizer", "adamw") == "adamw", "parallel=fsdp: Muon needs whole matrices: use ddp or ep, or adamw")
+        need(train.optimizer == "adamw", "parallel=fsdp: Muon needs whole matrices: use ddp or ep, or adamw")
     need(train.device in ("auto", "cpu", "cuda"), f"device={train.device}: with parallel={kind} each rank takes a GPU of its own; "
                                                   "write cuda, cpu or auto")
     if train.device != "cpu" and torch.cuda.is_available():
