@@ -54,6 +54,8 @@ def test_windows_are_those_of_the_text_and_read_nothing_else(worlds):
     shards, tokens = Shards(worlds), everything(worlds)
     for start, n in ((49_990, 20), (len(tokens) - 3, 10), (149_999, 50_200), (0, 1), (7, len(tokens) * 2)):
         assert (shards.take(range(start, start + n)) == np.take(tokens, range(start, start + n), mode="wrap")).all()
+    assert (shards[49_990:50_010] == tokens[49_990:50_010]).all() and (shards[-3:] == tokens[-3:]).all()
+    assert (np.take(shards, range(5), mode="wrap") == tokens[:5]).all()
     config = DataConfig(mixture=(Source(corpus=str(worlds), ratio=3), Source(corpus="pydocs")))
     data = load_data(config)
     shards = data.mixture.streams[0].tokens

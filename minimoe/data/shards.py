@@ -49,6 +49,9 @@ class Shards:
     def __len__(self) -> int:
         return self.ends[-1]
 
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.take(range(*part.indices(len(self))))
+
     def __reduce__(self) -> tuple:              # a copy for another process opens the files, and does not carry them
         return Shards, (self.folder,)
 
