@@ -15,6 +15,25 @@ import torch.distributed as dist
 
 
 @contextmanager
+def ctrl_c() -> Iterator[list[int]]:
+    """While it lasts, the first Ctrl-C puts its signal in the list, and the second one interrupts as usual."""
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+
+    def note(number: int, frame: object) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def watch() -> Iterator[None]:
     """While it lasts, a rank that dies ends the others with one line that names it, instead of an error of the network
     from each. torchrun sees the death and sends SIGTERM to the rest; where the main thread waits inside a collective and

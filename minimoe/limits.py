@@ -85,7 +85,8 @@ def available_memory(root: Path = Path("/")) -> int:
         soft, _ = resource.getrlimit(resource.RLIMIT_AS)
         if soft != resource.RLIM_INFINITY:
             pages = int((root / "proc/self/statm").read_text(encoding="utf-8").split()[0])
-            limits.append(soft - pages * os.sysconf("SC_PAGE_SIZE"))
+            reserved = (torch.get_num_threads() + 1) << 26      # address space that glibc sets aside for each thread
+            limits.append(soft - pages * os.sysconf("SC_PAGE_SIZE") - reserved)
     except (ImportError, OSError):
         pass
     return max(0, min(limits))

@@ -7,12 +7,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +35,7 @@ from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
 from minimoe.device import choose, tune_cpu
 from minimoe.experts import MoE
+from minimoe.launch import ctrl_c
 from minimoe.limits import explained, fit_batch_size
 from minimoe.measure import held_out_loss
 from minimoe.model import MoETransformer, shape_table
@@ -79,7 +77,7 @@ class Trainer:
             most = max(1, epoch // self.seq_len) if epoch else 4096
             size, why = fit_batch_size(model.cfg, train, self.choice, self.seq_len, most)
             train = dataclasses.replace(train, batch_size=size)
-            self.notes.append(why)
+            self.notes += [why]
         self.cfg = shortened(train.resolved(epoch, self.seq_len), self.data, self.seq_len)
         a_step = self.cfg.batch_size * self.cfg.accumulate * self.seq_len
         self.notes.append(f"length {self.cfg.steps:,} steps of {a_step:,} tokens"
@@ -202,6 +200,7 @@ class Trainer:
             self.ranks.exchange(self.forward, now=i == cfg.accumulate)
             with self.choice.autocast():
                 out = self.forward(inputs_BT, targets_BT)
+            out.logits = None                   # they go as soon as the backward pass has used them
             counts = [c + balance.load_counts(r) for c, r in zip(counts, out.routing)]
             # ce is a mean over this batch's targets: weigh it by their number; balancing losses by the batches
             share = int((targets_BT != -100).sum()) / n_targets
@@ -270,25 +269,6 @@ class Trainer:
         self.track.write(row)
         if self.on_step and self.ranks.main:
             self.on_step(self, row)
-
-
-@contextmanager
-def ctrl_c() -> Iterator[list[int]]:
-    """While it lasts, the first Ctrl-C puts its signal in the list, and the second one interrupts as usual."""
-    pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-
-    def note(number: int, frame: object) -> None:
-        pressed.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[object, DataConfig]:

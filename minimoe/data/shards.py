@@ -65,9 +65,6 @@ class Shards:
             left, start = left - len(parts[-1]), (start + len(parts[-1])) % len(self)
         return np.concatenate(parts)
 
-    def __getitem__(self, at: slice) -> np.ndarray:
-        return self.take(range(*at.indices(len(self))))
-
     def held_out(self, tokenizer: Tokenizer) -> tuple[Document, ...]:
         """What is measured on, as text."""
         tokens = np.concatenate([np.empty(0, int), *(np.fromfile(self.folder / e["file"], self.index["dtype"])
