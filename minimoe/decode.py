@@ -33,70 +33,90 @@ class Decoder:
     """
 
     def __init__(self, model: MoETransformer):
-        self.model, self.heads, self.kv_heads, self.head_size = model, model.cfg.n_heads, model.cfg.kv_heads, model.cfg.head_size
-        self.choices = model.cfg.top_k, model.cfg.norm_topk
+        cfg = model.cfg
+        self.model, self.heads, self.kv_heads, self.head_size = model, cfg.n_heads, cfg.kv_heads, cfg.head_size
+        self.softmax = cfg.router == "softmax" and cfg.balance != "bias"
+        self.choices = cfg.top_k, cfg.norm_topk
         self.own = all(_is_own(block) for block in model.blocks)
-        if not self.own:
-            return
-        self.joined = [_joined(block.attention) for block in model.blocks]
-        self.norms = [(_norm(block.attention_norm), _norm(block.ffn_norm)) for block in model.blocks]
-        self.experts = [(f.experts.w13_EDF.unbind(0), f.experts.w2_EHD.unbind(0)) if isinstance(f, MoE) else ((), ())
-                        for f in (block.ffn for block in model.blocks)]
-        self.final_norm = _norm(model.norm)
-        if model.positions is None:         # a pair's angle stands at both of its features: x cos + swapped(x) sin
+        self.layers = [Layer(block) for block in model.blocks] if self.own else []
+        self.final_norm, self.head_DV = _norm(model.norm), model.head.weight.t()
+        self.turns = model.positions is None
+        if self.turns:                      # a pair's angle stands at both of its features: x cos + swapped(x) sin
             self.cos, self.sin = torch.cat((model.cos, model.cos), -1), torch.cat((-model.sin, model.sin), -1)
 
+    @torch.no_grad()
     def __call__(self, ids_B: Tensor, cache: KVCache) -> Tensor:
         model, n = self.model, cache.lengths[0]
-        if not self.own or min(cache.lengths) != max(cache.lengths):
+        if not self.own or min(cache.lengths) != max(cache.lengths) or n == cache.k_LBGSC.shape[3]:
             return model(ids_B[:, None], cache=cache).logits[:, -1]
-        x_BD = model.embedding(ids_B)
-        if model.positions is not None:
+        x_BD = F.embedding(ids_B, model.embedding.weight)
+        if not self.turns:
             x_BD = x_BD + model.positions.weight[n]
-        for layer in range(len(model.blocks)):
-            x_BD = self._attend(x_BD, layer, cache)
-            x_BD = self._feed_forward(x_BD, ids_B, layer)
+        for layer, k_BGSC, v_BGSC in zip(self.layers, cache.k_LBGSC.unbind(0), cache.v_LBGSC.unbind(0)):
+            x_BD = self._attend(x_BD, layer, n, k_BGSC, v_BGSC)
+            x_BD = self._feed_forward(x_BD, layer, ids_B)
         cache.advance([1] * len(ids_B))
-        return model.head(self.final_norm(x_BD))
+        return torch.mm(self.final_norm(x_BD), self.head_DV)
 
-    def _attend(self, x_BD: Tensor, layer: int, cache: KVCache) -> Tensor:
-        attention, (w_DX, bias_X), b = self.model.blocks[layer].attention, self.joined[layer], len(x_BD)
-        h_BD = self.norms[layer][0](x_BD)
-        y_BX = torch.mm(h_BD, w_DX) if bias_X is None else torch.addmm(bias_X, h_BD, w_DX)
-        h, g, c, at = self.heads, self.kv_heads, self.head_size, cache.lengths[0]
-        if isinstance(attention.q_norm, nn.Identity):
+    def _attend(self, x_BD: Tensor, layer: Layer, n: int, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
+        b, h, g, c = len(x_BD), self.heads, self.kv_heads, self.head_size
+        h_BD = layer.attention_norm(x_BD)
+        y_BX = torch.mm(h_BD, layer.qkv_DX) if layer.qkv_X is None else torch.addmm(layer.qkv_X, h_BD, layer.qkv_DX)
+        if layer.norms is None:
             turned = y_BX[:, :(h + g) * c].view(b, h + g, c)
         else:
-            q_BHTC = attention.heads(y_BX[:, None, :h * c], attention.q_norm)
-            k_BGTC = attention.heads(y_BX[:, None, h * c:(h + g) * c], attention.k_norm)
+            q_BHTC = layer.attention.heads(y_BX[:, None, :h * c], layer.norms[0])
+            k_BGTC = layer.attention.heads(y_BX[:, None, h * c:(h + g) * c], layer.norms[1])
             turned = torch.cat((q_BHTC, k_BGTC), dim=1)[:, :, 0]
-        if self.model.positions is None:
-            swapped = turned.unflatten(-1, (2, c // 2)).flip(-2).flatten(-2)
-            turned = torch.addcmul(turned * self.cos[at], swapped, self.sin[at]).to(y_BX.dtype)
-        k_BGSC, v_BGSC = cache.write(layer, turned[:, h:, None], y_BX[:, (h + g) * c:].view(b, g, 1, c))
-        y_BGC = F.scaled_dot_product_attention(turned[:, :h].reshape(b, g, h // g, c), k_BGSC, v_BGSC)
-        return torch.addmm(x_BD, y_BGC.reshape(b, -1), attention.o.weight.t())
+        if self.turns:
+            swapped = turned.view(b, h + g, 2, c // 2).flip(2).view(b, h + g, c)
+            turned = torch.addcmul(turned * self.cos[n], swapped, self.sin[n]).to(y_BX.dtype)
+        k_BGSC.select(2, n).copy_(turned[:, h:])
+        v_BGSC.select(2, n).copy_(y_BX[:, (h + g) * c:].view(b, g, c))
+        queries = turned[:, :h].reshape(b, g, h // g, c)        # each key head's queries in the place of positions
+        y_BGC = F.scaled_dot_product_attention(queries, k_BGSC[:, :, :n + 1], v_BGSC[:, :, :n + 1])
+        return torch.addmm(x_BD, y_BGC.reshape(b, -1), layer.o_XD)
 
-    def _feed_forward(self, x_BD: Tensor, ids_B: Tensor, layer: int) -> Tensor:
-        ffn, h_BD, (w13, w2) = self.model.blocks[layer].ffn, self.norms[layer][1](x_BD), self.experts[layer]
-        if not isinstance(ffn, MoE):
+    def _feed_forward(self, x_BD: Tensor, layer: Layer, ids_B: Tensor) -> Tensor:
+        ffn, h_BD = layer.ffn, layer.ffn_norm(x_BD)
+        if layer.w13 is None:
             return x_BD + ffn(h_BD)
-        if self.model.cfg.router == "softmax" and self.model.cfg.balance != "bias":         # half the time of the module
-            routing = softmax_topk(h_BD.float() @ ffn.router.weight.float().t(), *self.choices)
+        if self.softmax:                                # half the time of the module
+            routing = softmax_topk(h_BD.float() @ layer.router_DE, *self.choices)
         else:
-            routing = ffn.router(h_BD, ids_B, ids_B)      # the third says whose row a token is in: for capacity, in training
-        if routing.experts.numel() >= len(w13) or x_BD.device.type != "cpu":
+            routing = ffn.router(h_BD, ids_B, ids_B)    # the third says whose row a token is in: for capacity, in training
+        if routing.experts.numel() >= len(layer.w13) or x_BD.device.type != "cpu":
             y_BD = x_BD + ffn.experts(h_BD, routing)
         else:
             rows = []
             for x_1D, h_1D, experts, weights in zip(x_BD.split(1), h_BD.split(1), routing.experts.tolist(),
                                                     routing.weights.tolist()):
                 for e, weight in zip(experts, weights):
-                    hidden_1H = activate(torch.mm(h_1D, w13[e]), ffn.experts.activation)
-                    x_1D = torch.addmm(x_1D, hidden_1H, w2[e], alpha=weight)
+                    hidden_1H = activate(torch.mm(h_1D, layer.w13[e]), layer.activation)
+                    x_1D = torch.addmm(x_1D, hidden_1H, layer.w2[e], alpha=weight)
                 rows.append(x_1D)
-            y_BD = torch.cat(rows)
-        return y_BD if ffn.shared is None else y_BD + ffn.shared_output(h_BD)
+            y_BD = torch.cat(rows) if len(rows) > 1 else rows[0]
+        return y_BD + ffn.shared_output(h_BD) if layer.shared else y_BD
+
+
+class Layer:
+    """What the decoder takes of a block, looked up once: finding a part of a module costs as much as a small product.
+
+    >>> from minimoe.config import ModelConfig
+    >>> Layer(Block(ModelConfig(dim=8, n_heads=2, n_experts=4, top_k=2), 0)).qkv_DX.shape
+    torch.Size([8, 24])
+    """
+
+    def __init__(self, block: Block):
+        attention, ffn = block.attention, block.ffn
+        self.attention, self.ffn, self.attention_norm, self.ffn_norm = attention, ffn, _norm(block.attention_norm), _norm(block.ffn_norm)
+        self.norms = None if isinstance(attention.q_norm, nn.Identity) else (attention.q_norm, attention.k_norm)
+        (self.qkv_DX, self.qkv_X), self.o_XD = _joined(attention), attention.o.weight.t()
+        self.w13 = self.w2 = None
+        if isinstance(ffn, MoE):
+            self.w13, self.w2, self.activation = ffn.experts.w13_EDF.unbind(0), ffn.experts.w2_EHD.unbind(0), ffn.experts.activation
+            self.shared, router = ffn.shared is not None, getattr(ffn.router, "weight", None)
+            self.router_DE = None if router is None else router.float().t()
 
 
 @torch.no_grad()

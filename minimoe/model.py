@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,8 +27,8 @@ from minimoe.settings import ConfigError
 @dataclass
 class Output:
     """`logits` (B, T, V); `loss` a scalar, or None without targets; `losses` its raw parts by name: "ce", where used
-    "aux", "simbal" and "z" (means over the MoE layers) and "mtp" (mean over the extra heads); `routing` one per MoE
-    layer, lowest first.
+    "aux", "simbal" and "z" (means over the MoE layers) and "mtp" (mean over the extra heads, each summed and divided by the
+    number of all targets: DeepSeek-V3, eq. 24); `routing` one per MoE layer, lowest first.
 
     >>> Output(torch.zeros(1, 2, 3), None, {}, []).loss is None
     True
@@ -168,8 +167,9 @@ class MoETransformer(nn.Module):
             losses |= self.routing_losses(routing, rows_of(tokens_BT, real_BT))
             if self.extra_heads:                # head i predicts i + 2 tokens ahead: the targets moved on by i + 1
                 later = [self.head(self.norm(head(x_BTD, tokens_BT, real_BT, rope)[0])) for head in self.extra_heads]
-                losses["mtp"] = torch.stack([cross_entropy(logits[:, :t - i], targets_BT[:, i:], self.over_ranks)
-                                             for i, logits in enumerate(later, 1)]).mean()
+                sums = [SummedCrossEntropy.apply(logits[:, :t - i].flatten(0, 1), targets_BT[:, i:].flatten())
+                        for i, logits in enumerate(later, 1)]
+                losses["mtp"] = torch.stack(sums).mean() / (targets_BT != -100).sum().clamp_min(1)
             loss = sum(self.coefficient(name) * value for name, value in losses.items())
         return Output(logits_BTV, loss, losses, routing)
 
@@ -235,16 +235,13 @@ def shape_table(cfg: ModelConfig) -> str:
                      for (name, shape), n in groups.items())
 
 
-def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Mean over the targets that are not -100, in float32, in nats; 0 where there are none. `over_ranks`, the mean over
-    the ranks, of their number makes the mean over the ranks of this that of all targets.
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean over the targets that are not -100, in float32, in nats; 0 where there are none.
 
     >>> cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, -100]])).item()       # ln 4
     1.3862...
     """
     total = SummedCrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten())
-    if over_ranks is not None:
-        return total / over_ranks((targets_BT != -100).sum().float()).clamp_min(1e-9)
     return total / (targets_BT != -100).sum().clamp_min(1)
 
 

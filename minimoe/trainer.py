@@ -202,13 +202,13 @@ class Trainer:
                 out = self.forward(inputs_BT, targets_BT)
             out.logits = None                   # they go as soon as the backward pass has used them
             counts = [c + balance.load_counts(r) for c, r in zip(counts, out.routing)]
-            # ce is a mean over this batch's targets: weigh it by their number; balancing losses by the batches
+            # ce and mtp are means over this batch's targets: weigh them by their number; balancing losses by the batches
             share = int((targets_BT != -100).sum()) / n_targets
-            extra = out.loss - out.losses["ce"]
-            self.scaler.scale(out.losses["ce"] * share + extra / cfg.accumulate).backward()
+            weights = {name: share if name in ("ce", "mtp") else 1 / cfg.accumulate for name in out.losses}
+            loss = sum(model.coefficient(name) * weights[name] * value for name, value in out.losses.items())
+            self.scaler.scale(loss).backward()
             for name, value in out.losses.items():
-                weight = share if name == "ce" else 1 / cfg.accumulate
-                total[name] = total.get(name, 0.0) + value.item() * weight
+                total[name] = total.get(name, 0.0) + value.item() * weights[name]
         self.scaler.unscale_(self.optimizer)
         statistics = [balance.statistics(*pair) for pair in zip(out.routing, routers)]       # gradients not yet clipped
         norm, total = self.ranks.clip(model, cfg.clip), self.ranks.mean_of(total)

@@ -45,7 +45,7 @@ def test_the_decoder_equals_the_model(name, batch, laid_out):
 
 def test_q_k_and_v_laid_out_for_decoding_are_one_matrix_without_a_copy():
     model = lay_out_for_decoding(MoETransformer(BASE))
-    attention, (w_DX, _) = model.blocks[0].attention, Decoder(model).joined[0]
+    attention, w_DX = model.blocks[0].attention, Decoder(model).layers[0].qkv_DX
     assert w_DX.data_ptr() == attention.q.weight.data_ptr()
     assert torch.equal(w_DX, torch.cat([p.weight.t() for p in (attention.q, attention.k, attention.v)], dim=1))
 
