@@ -4,22 +4,10 @@ from __future__ import annotations
 import math
 from xml.sax.saxutils import escape, quoteattr
 
-from minimoe.plot import INK, LINE, MUTED, PALETTE, PAPER, SANS
+from minimoe.plot import INK, LINE, MUTED, PALETTE, PAPER, SANS, ticks
 
 WIDTH, LEFT, SPLIT, NAMES, RIGHT, TOP, ROW = 920, 56, 400, 650, 900, 56, 24      # pixels
 DASHES = ("", "6 3", "2 3")                     # a second and a third round of the colors
-
-
-def ticks(low: float, high: float, n: int = 5) -> list[float]:
-    """Round numbers between low and high, about n of them.
-
-    >>> ticks(0.0, 10.0), ticks(2.31, 2.42, 3)
-    ([0, 2, 4, 6, 8, 10], [2.35, 2.4])
-    """
-    rough = max(high - low, 1e-9) / n
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough * 0.999)
-    return [round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def si(value: float) -> str:

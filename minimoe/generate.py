@@ -70,7 +70,8 @@ def stream(model: MoETransformer, prompts: list[list[int]], max_new_tokens: int 
         rows, ended = [list(p) for p in prompts], [False] * len(prompts)
         decode, (cache, logits_BV) = Decoder(model), _prefill(model, rows, limit, device)
         for i in range(max_new_tokens):
-            ids = sample(logits_BV, temperature, top_k, top_p, generator).tolist()
+            ids_B = sample(logits_BV, temperature, top_k, top_p, generator)
+            ids = ids_B.tolist()
             ended = [e or t in stop_ids for e, t in zip(ended, ids)]
             yield [None if e else t for e, t in zip(ended, ids)]
             if all(ended) or i == max_new_tokens - 1:
@@ -81,7 +82,7 @@ def stream(model: MoETransformer, prompts: list[list[int]], max_new_tokens: int 
                 rows = [row[-(limit // 2):] if n >= limit else row for row, n in zip(rows, cache.lengths)]
                 cache, logits_BV = _prefill(model, rows, limit, device)
             else:
-                logits_BV = decode(torch.tensor(ids, device=device), cache)
+                logits_BV = decode(ids_B, cache)
     finally:
         model.train(was_training)
 

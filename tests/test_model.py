@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minimoe import counts
 from minimoe.attention import KVCache, attend
 from minimoe.config import ModelConfig, load_config
-from minimoe.model import MoETransformer, cross_entropy
+from minimoe.model import Dropout, MoETransformer, cross_entropy
 from minimoe.settings import ConfigError
 
 BASE = ModelConfig(vocab_size=31, dim=24, n_layers=3, n_heads=4, n_kv_heads=2, max_seq_len=16, n_experts=4, top_k=2,
@@ -302,6 +302,19 @@ def test_scaled_positions_reach_further():
     plain = MoETransformer(dataclasses.replace(long, rope_scaling="none", rope_factor=1.0))
     assert torch.allclose(ntk.cos[:, 0], plain.cos[:, 0])               # the fastest pair as before,
     assert torch.allclose(ntk.cos[:, -1], stretched.cos[:, -1], atol=1e-5)      # the slowest as in linear
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_leaves_out_its_share_and_keeps_the_mean(p):
+    x = torch.ones(1000, 1001, requires_grad=True)
+    y = Dropout(p)(x)
+    left_out = (y == 0).double()
+    assert abs(left_out.mean() - p) < 2e-3 and torch.allclose(y.max(), torch.tensor(1 / (1 - p)))
+    for axis in (0, 1):                     # neither rows, columns, nor neighbors depend on each other
+        assert (left_out.mean(axis) - p).abs().max() < 6 * (p * (1 - p) / 1000) ** 0.5
+        assert abs((left_out * left_out.roll(1, axis)).mean() - p * p) < 2e-3
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach()) and torch.equal(Dropout(p).eval()(x), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
