@@ -2,8 +2,8 @@
 
     python benchmarks/kills.py [--kills 20] [--out FILE]
 
-A model of 20 million parameters is saved after every step, so that the writing (some 250 MB) takes longer than the step and
-kills hit it. Each kill is a SIGKILL to a process of its own, at a moment drawn uniformly over the steps; then another
+A model of 20 million parameters is saved after every step, some 250 MB, with a pause after each file, so that the saving
+takes longer than the step and kills hit it also where a disk is fast. Each kill is a SIGKILL to a process of its own, at a moment drawn uniformly over the steps; then another
 process resumes it. All weights, the optimizer's state and all rows but their times must equal the unbroken
 run's bit for bit. At least half of the kills must leave an unfinished save behind, or the measurement says nothing.
 Exit code 1 where anything of this does not hold. Needs about 2 GB of disk in the temporary folder.
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from minimoe import checkpoint  # noqa: E402
 from minimoe.checkpoint import load  # noqa: E402
 from minimoe.config import ModelConfig, TrainConfig  # noqa: E402
 from minimoe.model import MoETransformer  # noqa: E402
@@ -39,7 +41,12 @@ MODEL = ModelConfig(vocab_size=2048, dim=256, n_layers=4, n_heads=4, max_seq_len
 TRAIN = TrainConfig(steps=10, batch_size=2, warmup=2, device="cpu", dtype="float32", threads=1, log_every=1, save_every=1)
 
 
+PAUSE = 0.1             # seconds after each file of a save
+
+
 def train(out: Path, resume: bool) -> None:
+    write = checkpoint.write_safely
+    checkpoint.write_safely = lambda *args: (write(*args), time.sleep(PAUSE))
     tokens = torch.randint(MODEL.vocab_size, (64, 33), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     model = MoETransformer(MODEL)
@@ -64,7 +71,7 @@ def measure(kills: int, folder: Path) -> list[dict]:
     shutil.rmtree(folder / "whole")
     draw, records = random.Random(0), []
     for number in range(kills):
-        out, cycles = folder / str(number), draw.uniform(0, TRAIN.steps - 4)
+        out, cycles = folder / str(number), draw.uniform(0, TRAIN.steps - 6)
         newest, unfinished = kill_after(child(out), out, cycles)
         loads = load(out, step=newest).model.cfg == MODEL
         subprocess.run(child(out, "--resume"), check=True)

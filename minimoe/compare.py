@@ -163,6 +163,9 @@ def equal_cost(named: Mapping[str, Config], equal: Equal, dense: bool) -> tuple[
             plan[f"{name}-dense-{kind}"] = dataclasses.replace(config, model=model.dense_twin(kind))
     need(all(isinstance(n, int) for c in plan.values() for n in (c.train.steps, c.train.batch_size)),
          "compare sets the lengths itself: give steps and batch_size as numbers")
+    for name, c in plan.items():
+        need(c.data.until == "all_exhausted" and c.train.parallel == "none", f"{name}: compare sets the lengths itself and runs in "
+             "one process: leave out until: first_exhausted and parallel")
     costs = {name: cost_per_step(c, data[c.data], equal) for name, c in plan.items()}
     budget = next(iter(plan.values())).train.steps * next(iter(costs.values()))
     for name, config in plan.items():

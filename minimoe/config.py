@@ -28,7 +28,8 @@ class TrainConfig:
     seq_len: int | None = None
     """Tokens per training sequence; null is the model's max_seq_len."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the rest, both at the same lr."""
+    """AdamW for all weights, or Muon for the matrices of the blocks (turned in bfloat16 where the device has it) and AdamW for
+    the rest, both at the same lr."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 0.1
@@ -93,6 +94,8 @@ class TrainConfig:
         for name in ("warmup", "weight_decay", "eval_every", "save_every"):
             value = getattr(self, name)
             need(value == "epoch" or value >= 0, f"{name}={value}: must not be negative")
+        need(self.threads >= -1, f"threads={self.threads}: a number, 0 for PyTorch's own choice, -1 for all cores but two")
+        need(self.seed >= 0, f"seed={self.seed}: must not be negative")
         need(self.lr > 0 and self.clip > 0, f"lr={self.lr}, clip={self.clip}: both must be above 0")
         need(0 <= self.min_lr <= 1, f"min_lr={self.min_lr}: a share of lr, between 0 and 1")
 

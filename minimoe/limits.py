@@ -114,11 +114,11 @@ def explained(train: TrainConfig, out: Path | None) -> Iterator[None]:
             f"out of memory with batch_size={train.batch_size}: halve it and double accumulate={train.accumulate} for the same "
             f"update, or set recompute: blocks (now {train.recompute}); batch_size: auto finds what fits") from error
     except (OSError, safetensors.SafetensorError) as error:
-        full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
+        full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EACCES)
         if isinstance(error, OSError) and error.errno not in full:
             raise
         kept = [int(p.name) for p in checkpoints(out)] if out else []
-        raise ConfigError(f"{out}: could not be written ({error}); make room, then go on with --resume from "
+        raise ConfigError(f"{out}: could not be written ({error}); make room or the folder writable, then go on with --resume from "
                           + (f"step {kept[-1]}, the last complete checkpoint" if kept else "the start")) from error
 
 

@@ -204,8 +204,9 @@ class MoETransformer(nn.Module):
         if not routing:
             return losses
         if cfg.balance == "aux":
+            ranks = self.over_ranks if self.training else None       # a rank may evaluate alone
             within = row_N if cfg.aux_scope == "sequence" else None
-            losses["aux"] = torch.stack([balance.aux_loss(r, within, self.over_ranks) for r in routing]).mean()
+            losses["aux"] = torch.stack([balance.aux_loss(r, within, ranks) for r in routing]).mean()
         if cfg.balance == "simbal":
             routers = [self.blocks[i].ffn.router.weight for i in cfg.moe_layers]
             losses["simbal"] = torch.stack([balance.simbal_loss(w) for w in routers]).mean()

@@ -54,6 +54,9 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        found_inf = getattr(self, "found_inf", None)       # GradScaler's, in float16: such a step is left out
+        if found_inf is not None and found_inf.item():
+            return None
         alike: dict[tuple, list[tuple[dict, Tensor, Tensor]]] = {}
         for group in self.param_groups:
             for p in group["params"] if "pieces" in group else ():

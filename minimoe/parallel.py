@@ -156,9 +156,9 @@ class Ranks:
 
     def part(self, name: str, x: Tensor, like: Tensor) -> Tensor:
         """What this rank holds of the whole tensor `x`, on the device of the weight `like`; scalars stay as they are."""
+        x = x.to(like.device)
         if not x.dim():
             return x
-        x = x.to(like.device)
         if hasattr(like, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
 
@@ -194,6 +194,8 @@ def start(train: TrainConfig, model: ModelConfig) -> Ranks:
     need("RANK" in os.environ, f"parallel={kind}: start it with torchrun --nproc-per-node N -m minimoe train … --parallel {kind}, "
                                "or with --parallel none for one process")
     need(train.batch_size != "auto", f"batch_size=auto finds what one process can hold: with parallel={kind} give a number")
+    need(train.dtype != "float16" or kind == "ddp", f"dtype=float16 with parallel={kind}: each rank would leave out other steps; "
+                                                       "use bfloat16, or ddp")
     need(train.batch_size % size == 0, f"batch_size={train.batch_size} cannot be shared equally by {size} ranks: "
                                        f"make it a multiple of {size}")
     need(not train.compile or kind == "ddp", f"compile does not go with parallel: {kind}; leave it out, or use ddp")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from minimoe.config import Config, TrainConfig
-from minimoe.settings import need, to_dict
+from minimoe.settings import ConfigError, need, to_dict
 
 
 class Tracker:
@@ -43,9 +43,13 @@ class Tracker:
             name = out / "wandb" / "id.txt"
             if not name.exists():
                 name.write_text(secrets.token_hex(4), encoding="utf-8")
-            self.wandb = wandb.init(project=train.wandb_project, name=train.wandb_name or out.resolve().name, dir=str(out),
-                                    id=name.read_text(encoding="utf-8"), config=to_dict(config), reinit="create_new",
-                                    settings=wandb.Settings(console="off"))
+            try:
+                self.wandb = wandb.init(project=train.wandb_project, name=train.wandb_name or out.resolve().name, dir=str(out),
+                                        id=name.read_text(encoding="utf-8"), config=to_dict(config), reinit="create_new",
+                                        settings=wandb.Settings(console="off"))
+            except wandb.Error as error:
+                raise ConfigError(f"wandb: true: Weights & Biases cannot be reached ({' '.join(str(error).split())[:100]}); "
+                                  "log in with wandb login, or set WANDB_MODE=offline") from None
             for row in kept or ():
                 self.wandb.log(flat(row), step=row["step"])
 

@@ -107,6 +107,7 @@ class Trainer:
                 self._restore(from_step)
             elif self.out:
                 self._start_folder()
+        need(stop_after is None or stop_after >= 1, f"stop_after={stop_after}: must be at least 1")
         cfg, until = self.cfg, min(self.cfg.steps, stop_after or self.cfg.steps)
         bar = tqdm(total=cfg.steps, initial=self.step, disable=None if self.progress and self.ranks.main else True, unit="step",
                    dynamic_ncols=True)
@@ -174,7 +175,7 @@ class Trainer:
             self.data.mixture.restore(progress.get("data", {}))
         self.scaler.load_state_dict(progress.get("scaler", {}))
         path = self.out / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
         if self.ranks.main:
             remove_after(self.out, self.step)
@@ -292,6 +293,7 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
     ranks = parallel.start(config.train, config.model)
     say, samples = (say, samples) if ranks.main else (lambda line: None, ())
     goes_on = bool(resume and out and checkpoints(Path(out)))
+    need(from_step is None or goes_on, f"{out}: no checkpoint to go on from, so there is none of step {from_step}")
     if resume and not goes_on:
         say(f"{out}: no complete checkpoint to go on from, so this run starts at step 0")
     data = load_data(config.data, Tokenizer.load(Path(out)) if goes_on else None) if ranks.main else None

@@ -180,3 +180,18 @@ def test_the_turned_matrices_learn():
     trainer = Trainer(model, dataclasses.replace(TRAIN, steps=30), [(line[:-1], line[1:])], progress=False)
     losses = steps(trainer, 30)
     assert losses[0] > 2 and losses[-1] < 0.5, losses
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_float16_step_that_overflowed_is_left_out(optimizer):
+    """As torch.amp.GradScaler tells an optimizer that scales for itself, which a fused one does."""
+    torch.manual_seed(0)
+    model = MoETransformer(MODEL)
+    step = make_optimizer(model, TrainConfig(optimizer=optimizer))
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)).loss * float("inf")).backward()
+    scaler.unscale_(step)
+    scaler.step(step)
+    scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and scaler.get_scale() == 2.0

@@ -186,3 +186,16 @@ def test_stop_and_resume_from_the_command_line(tmp_path, capsys):
     assert [row["step"] for row in rows(out)] == [2, 4]
     assert main([*common, "--overwrite", "--stop-after", "1"]) == 0
     assert [int(p.name) for p in checkpoints(out)] == [1]
+
+
+def test_another_text_under_the_same_name_is_noticed(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("".join(f"{i} and {i} is {2 * i}\n" for i in range(900)), encoding="utf-8")
+    cfg = dataclasses.replace(TRAIN, steps=4, save_every=2, eval_every=0)
+    start = lambda: trainer(load_data(DataConfig(mixture=str(text), tokenizer="bytes")), train=cfg, out=tmp_path / "run")
+    start().fit(stop_after=2)
+    text.write_text(text.read_text(encoding="utf-8").replace("12 and 12", "13 and 11"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="mine: another text than when this run began"):
+        start().fit(resume=True)
+    with pytest.raises(ConfigError, match="stop_after=0"):
+        start().fit(stop_after=0)

@@ -302,4 +302,18 @@ def test_memory_does_not_grow_with_the_text(tmp_path, record_property):
 
 def test_ahead_is_a_mixture():
     m = Ahead((Stream("a", np.arange(9)),), (1.0,), workers=1)
-    assert m.batch(0, 2, 4, 0)[0].shape == (2, 4) and m.state() == {}
+    assert m.batch(0, 2, 4, 0)[0].shape == (2, 4) and m.state()["a"]["size"] == 9
+
+
+@pytest.mark.parametrize("newline, blank_every", [("\n", 10**9), ("\r\n", 3)])
+def test_held_out_text_is_found_without_blank_lines_and_with_other_line_ends(tmp_path, newline, blank_every):
+    """One source is read whole and another, with the same lines, streamed: what the first holds out the second leaves out."""
+    lines = [f"line {i} says that {i} and {i} is {2 * i}, which is longer than forty characters" for i in range(3000)]
+    text = "".join(line + newline * (2 if i % blank_every == 0 else 1) for i, line in enumerate(lines, 1))
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_bytes(text.encode())
+    sources = (Source(corpus=str(tmp_path / "a.txt")), Source(corpus=str(tmp_path / "b.txt"), streaming=True))
+    data = load_data(DataConfig(mixture=sources, tokenizer="bytes"))
+    held = {line.strip() for c in data.corpora for d in c.held_out for line in d.text.splitlines() if len(line.strip()) >= 40}
+    read = "".join(d.text for d, _ in data.mixture.streams[1].texts())
+    assert len(held) > 100 and not [line for line in held if line in read]

@@ -49,7 +49,7 @@ def train(argv: list[str]) -> None:
     args = parse(TrainArgs, argv, "train", default=defaults)
     need(args.step is None or args.resume, f"--step {args.step} names the checkpoint to go on from: give --resume too")
     out = args.out or Path("runs") / (args.config.stem if args.config else "train")
-    if is_main() and out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume):
+    if is_main() and (out.is_file() or out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume)):
         raise ConfigError(f"{out} exists already: name another --out, go on with --resume, or give --overwrite")
     from minimoe.parallel import finish
     from minimoe.trainer import train_from_config

@@ -35,6 +35,8 @@ def load_corpus(source: str | Source) -> Corpus:
     """
     source = Source(corpus=source) if isinstance(source, str) else source
     name = label(source)
+    need(source.corpus not in NAMES or not (source.field or source.subset or source.split),
+         f"{source.corpus}: a bundled corpus has no field, subset or split; leave these out")
     if source.corpus in ("pydocs", "stdlib", "worlds"):
         corpus = {"pydocs": _pydocs, "stdlib": _stdlib, "worlds": worlds}[source.corpus]()
         parts = [tuple(d for d in docs if wanted(d.text, d.domain, source)) for docs in (corpus.train, corpus.held_out)]

@@ -1,14 +1,16 @@
 """What is learned from and what is only measured on: no held-out paragraph of 40 characters stands in training text."""
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 HELD_OUT_LIMIT = 65_536      # characters: more would only make every look at the held-out text slower
 SHORT = 40                   # characters: a paragraph below this may stand in training and held-out text alike
+LONG = 4_000                 # characters: of a paragraph above this each line counts as one
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,31 @@ def without(train: Iterable[Document], held_out: Iterable[Document]) -> tuple[Do
 
 def less(held_out: Iterable[Document], found: set[str]) -> tuple[Document, ...]:
     """The documents without these paragraphs."""
-    result = [replace(d, text="\n\n".join(p for p in d.text.split("\n\n") if p.strip() not in found)) for d in held_out]
+    result = [replace(d, text=leave_out(d.text, lambda p: p.strip() in found)) for d in held_out]
     return tuple(d for d in result if d.text.strip())
+
+
+def paragraphs(text: str) -> list[str]:
+    """The text in parts, each with the blank lines after it; of a very long paragraph every line is a part.
+
+    >>> len(paragraphs("one" + chr(10) * 3 + "two")), len(paragraphs("line" + chr(10) * 2)), len(paragraphs(("x" * 99 + chr(10)) * 50))
+    (2, 1, 50)
+    """
+    found = re.split(r"((?:\r?\n){2,})", text)
+    parts = []
+    for body, blank in zip(found[::2], [*found[1::2], ""]):
+        lines = body.splitlines(keepends=True) if len(body) > LONG else [body]
+        parts += [*lines[:-1], lines[-1] + blank] if lines else [blank]
+    return [p for p in parts if p]
+
+
+def leave_out(text: str, unwanted: Callable[[str], bool]) -> str:
+    """The text without some of its paragraphs."""
+    parts = paragraphs(text)
+    kept = [p for p in parts if not unwanted(p)]
+    if len(kept) == len(parts):
+        return text
+    return "".join(kept) if kept and kept[-1] is parts[-1] else "".join(kept).rstrip("\r\n")
 
 
 class Overlap:
@@ -74,7 +99,7 @@ class Overlap:
 
     def __init__(self, documents: Iterable[Document]):
         self.of_gram: dict[int, list[str]] = {}
-        for p in {p.strip() for d in documents for p in d.text.split("\n\n") if len(p.strip()) >= SHORT}:
+        for p in {p.strip() for d in documents for p in paragraphs(d.text) if len(p.strip()) >= SHORT}:
             raw = p.encode()[:4096]
             best = max(range(len(raw) - 7), key=lambda i: len(set(raw[i:i + 8])))       # eight bytes that tell much
             self.of_gram.setdefault(int.from_bytes(raw[best:best + 8], "little"), []).append(p)

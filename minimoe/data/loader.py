@@ -77,6 +77,8 @@ def _open(source: Source) -> Corpus | Tokens | Shards | RawStream:
     if is_shards(source.corpus) or kind(source) == "tokens":
         need(not source.domains and source.percentage == 100 and not source.streaming, f"{source.corpus}: token ids have "
              "neither domains nor a percentage, and are read where they lie without streaming; leave these out")
+        need(not (source.field or source.subset or source.split or is_shards(source.corpus) and source.held_out),
+             f"{source.corpus}: token ids have no field, subset or split, and shards have their own held-out part; leave these out")
         return Shards(source.corpus) if is_shards(source.corpus) else Tokens.open(source)
     return RawStream(source) if source.streaming else load_corpus(source)
 
@@ -121,6 +123,8 @@ def _make_tokenizer(cfg: DataConfig, opened: list[Corpus | Tokens | RawStream]) 
          f"tokenizer={cfg.tokenizer}: {ids} holds token ids already; name the tokenizer.json that they were made with")
     if cfg.tokenizer not in ("bpe", "characters"):
         return make_tokenizer(cfg.tokenizer, [], cfg.tokenizer_vocab)
+    need(cfg.tokenizer == "bpe" or not any(isinstance(o, RawStream) for o in opened),
+         "tokenizer=characters: which characters a stream has shows only when it has been read; take bpe or bytes")
     read = [Corpus(o.name, o.sample(SAMPLE), ()) if isinstance(o, RawStream) else o for o in opened]
     texts = in_shares(read, [s.ratio for s in cfg.mixture]) if cfg.tokenizer == "bpe" else [
         d.text for c in read for d in c.train]

@@ -6,6 +6,7 @@ stops. A stream is anything with a `name`, a `size` in tokens (None where it is 
 """
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -55,6 +56,16 @@ class Stream:
     def window(self, index: int, seq_len: int, seed: int) -> np.ndarray:
         """The index-th window of T + 1 tokens."""
         return self.windows(np.array([index]), seq_len, seed)[0]
+
+    def state(self) -> dict:
+        """By what a run that goes on knows the text again: its size, and a checksum of both ends and the middle."""
+        n, block = self.size, 1 << 16
+        parts = [np.asarray(self.tokens[start:start + block], np.int64) for start in (0, n // 2, max(0, n - block))]
+        return {"size": n, "crc": zlib.crc32(b"".join(p.tobytes() for p in parts))}
+
+    def restore(self, state: dict) -> None:
+        need(state == self.state(), f"{self.name}: another text than when this run began ({state['size']:,} tokens then, "
+                                    f"{self.size:,} now, or other words); put it back, or start another run")
 
 
 @dataclass(frozen=True)
@@ -116,8 +127,8 @@ class Mixture:
         return max(1, (block * BLOCK + int(np.argmax(own >= whole[sources]))) // batch_size)
 
     def state(self) -> dict[str, dict]:
-        """Where each raw stream stands, as JSON can hold it; streams of tokens in memory need no place."""
-        return {s.name: s.state() for s in self.streams if hasattr(s, "state")}
+        """Where each raw stream stands, and what the others hold, as JSON can keep it."""
+        return {s.name: s.state() for s in self.streams}
 
     def restore(self, state: dict[str, dict]) -> None:
         """Goes on from a `state()`."""

@@ -76,7 +76,9 @@ class Shards:
 
 def is_shards(path: str | Path) -> bool:
     """Whether a folder holds token shards, finished or not."""
-    return any((Path(path) / name).is_file() for name in ("index.json", UNFINISHED, "shard-00000.bin"))
+    index = Path(path) / "index.json"
+    return any((Path(path) / name).is_file() for name in (UNFINISHED, "shard-00000.bin")) or (
+        index.is_file() and b'"format"' in index.read_bytes()[:200])
 
 
 def read_index(folder: str | Path) -> dict:
@@ -156,6 +158,8 @@ def prepare(corpora: Sequence[str], out: str | Path, tokenizer: str = "bpe", tok
     Raises ConfigError for what `load_corpus` refuses, a folder that is in use, or a vocabulary that misses a character.
     """
     need(len(corpora) > 0 and shard_tokens >= 1, "name at least one corpus, and shard_tokens of at least 1")
+    need(tokenizer_vocab >= 261, f"tokenizer_vocab={tokenizer_vocab}: at least 261 (bytes and specials)")
+    need_free(out)
     sources = [_open(name) for name in corpora]
     held = [d for s in sources for d in s.held_out]
     overlap, found = Overlap(held), set()
@@ -184,7 +188,7 @@ def merge(folders: Sequence[str | Path], out: str | Path, strategy: str = "propo
     Raises ConfigError, naming the folder, for different tokenizers.
     """
     parts = [Shards(folder) for folder in folders]
-    need(len(parts) > 1, "merge: name at least two folders")
+    need(len({p.folder.resolve() for p in parts}) == len(parts) > 1, "merge: name at least two folders, each once")
     for p in parts[1:]:
         need(p.index["tokenizer"] == parts[0].index["tokenizer"],
              f"{p.folder}: made with another tokenizer than {parts[0].folder}; prepare both with the same --tokenizer")
@@ -214,6 +218,13 @@ def merge(folders: Sequence[str | Path], out: str | Path, strategy: str = "propo
     return _finish(out, tokenizer, writer, less(held, found), domains, [p.folder.name for p in parts])
 
 
+def need_free(out: str | Path) -> None:
+    """ConfigError where a folder holds something else than an interrupted prepare."""
+    out = Path(out)
+    need((out / UNFINISHED).is_file() or not out.exists() or out.is_dir() and not any(out.iterdir()),
+         f"{out} exists already: name another --out")
+
+
 def start_folder(out: str | Path) -> Path:
     """An empty folder to write shards into; what an interrupted prepare left behind is taken away."""
     out = Path(out)
@@ -221,7 +232,7 @@ def start_folder(out: str | Path) -> Path:
         for pattern in ("shard-*.bin", "held_out-*.bin", ".*.part", "tokenizer.json"):
             for file in out.glob(pattern):
                 file.unlink()
-    need(not out.exists() or out.is_dir() and not any(out.iterdir()), f"{out} exists already: name another --out")
+    need_free(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / UNFINISHED).touch()
     return out
@@ -249,8 +260,8 @@ def _finish(out: Path, tokenizer: Tokenizer, writer: Writer, held: Sequence[Docu
 def _open(name: str) -> Corpus | RawStream:
     """A corpus read whole, or a large file read piece by piece."""
     path = Path(name)
-    return RawStream(Source(corpus=name, streaming=True)) if path.is_file() and path.stat().st_size > LARGE else (
-        load_corpus(name))
+    large = path.is_file() and path.suffix != ".json" and path.stat().st_size > LARGE       # a .json is read whole or not at all
+    return RawStream(Source(corpus=name, streaming=True)) if large else load_corpus(name)
 
 
 def _train(source: Corpus | RawStream) -> Iterator[tuple[Document, bool]]:

@@ -20,7 +20,7 @@ from minimoe.config import Source
 from minimoe.settings import ConfigError, need
 
 PIECE = 16_384                                                  # bytes of a text file that are read at once
-CUTS = (rb"\S\n(?=\n\S)", rb"\S\n(?=\S)", rb"\n")     # at the first two, tokens are those of the uncut text
+CUTS = (rb"\S\r?\n(?=\r?\n\S)", rb"\S\r?\n(?=\S)", rb"\n")     # at the first two, tokens are those of the uncut text
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def files_of(corpus: str) -> dict[Path, str]:
         found = sorted(map(Path, glob.glob(corpus, recursive=True)))
     for file in found:
         need(file.suffix in READERS or path == file, f"{file}: not a text that is known; known are {', '.join(READERS)}")
-    top = Path(os.path.commonpath(found)) if len(found) > 1 else path.parent
+    top = Path(os.path.commonpath(found)) if len(found) > 1 else found[0].parent if found else path
     inside = {f: f.parent.relative_to(path if path.is_dir() else top).parts for f in found}
     return {f: parts[0] if parts else "text" for f, parts in inside.items()}
 
@@ -146,11 +146,19 @@ def _csv(path: Path, source: Source, domain: str, start: int) -> Iterator[Piece]
         for line, place[0] in _lines(path, start):
             yield line
 
-    for i, row in enumerate(csv.reader(lines())):
-        if row and not (start == 0 and i == 0):
-            where = lambda: f"{path}, line {_line_number(path, place[0])}"
+    where = lambda: f"{path}, line {_line_number(path, place[0])}"
+    rows, header_to_come = csv.reader(lines()), start == 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ConfigError(f"{where()}: not CSV ({error}); mend or remove that line") from None
+        if row and not header_to_come:
             need(len(row) == len(header), f"{where()}: {len(row)} columns, not {len(header)} as in the first line")
             yield _row(dict(zip(header, row)), source, domain, place[0], where, "column")
+        header_to_come = False
 
 
 def _parquet(path: Path, source: Source, domain: str, start: int) -> Iterator[Piece]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from minimoe.config import Source
 from minimoe.data.corpora import held_apart, label, parts_of, wanted
-from minimoe.data.held_out import HELD_OUT_LIMIT, Document, Overlap
+from minimoe.data.held_out import HELD_OUT_LIMIT, Document, Overlap, leave_out
 from minimoe.data.mixture import permutation
 from minimoe.data.sources import Piece
 from minimoe.data.tokenizer import Tokenizer
@@ -133,7 +133,7 @@ class RawStream:
         if not wanted(piece.text, piece.domain, self.source) or self.held and _hash(piece.text) in self.held:
             return ""
         if found := self.avoid.found(piece.text):
-            return "\n\n".join(p for p in piece.text.split("\n\n") if not any(f in p for f in found))
+            return leave_out(piece.text, lambda p: any(f in p for f in found))
         return piece.text
 
     def _hold_out(self) -> tuple[Document, ...]:
