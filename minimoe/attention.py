@@ -60,9 +60,9 @@ def causal_mask(lengths: list[int], t: int, device: torch.device | str = "cpu") 
 def attend(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
     """Causal attention of T positions to themselves, softmax(q k / sqrt(C)) v (Vaswani et al. 2017, eq. 1). (B, H, T, C).
 
-    PyTorch's fused kernel, but not in bfloat16 on a CPU: there it takes three times the time of the plain products, and a
-    model trained with it learns less (LOG.md). Up to 512 positions the products are written out, which keeps
-    B x H x T x T values for the backward pass; beyond, the kernel runs in float32.
+    PyTorch's fused kernel, but not in bfloat16 on a CPU: there it takes three times the time of the plain products (LOG.md).
+    Up to 512 positions the products are written out, which keeps B x H x T x T values for the backward pass; beyond, the
+    kernel runs in float32.
 
     >>> q, k = torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, 3, 4)
     >>> attend(q, k, torch.arange(12.0).view(1, 1, 3, 4))[0, 1, :, 0]           # means of what each may see
