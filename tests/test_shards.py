@@ -88,7 +88,7 @@ def test_held_out_text_of_one_source_does_not_stand_in_another(tmp_path, monkeyp
     monkeypatch.setattr(module, "CHUNK", 50)           # less than a paragraph: each stands at a seam
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        for i in range(40):
+        for i in range(80):
             both = f"paragraph {i} stands in the files of both folders, and is long enough to count"
             (tmp_path / name / f"{name}{i}.txt").write_text(f"{both}\n\nand {name} {i} says something of its own here, long enough\n",
                                                            encoding="utf-8")
@@ -99,7 +99,7 @@ def test_held_out_text_of_one_source_does_not_stand_in_another(tmp_path, monkeyp
     for folder in (tmp_path / "ab", tmp_path / "merged"):
         tokenizer = Tokenizer.load(folder)
         text, held = tokenizer.decode(everything(folder).tolist()), Shards(folder).held_out(tokenizer)
-        assert len(paragraphs(held)) >= 2 and not [p for p in paragraphs(held) if p in text]
+        assert len(paragraphs(held)) > 2 and not [p for p in paragraphs(held) if p in text]
         assert verify(folder)[0] == []
 
 
@@ -123,7 +123,7 @@ def test_a_large_file_is_read_in_pieces(tmp_path, monkeypatch):
     file.write_bytes(raw[:at + 1] + raw[at + 2:])
     with pytest.raises(ConfigError, match=f"not UTF-8 at byte {at};"):
         prepare([str(file)], tmp_path / "bad", "bytes")
-    assert not (tmp_path / "bad" / "index.json").exists()
+    assert not (tmp_path / "bad").exists()
 
 
 def test_an_interrupted_prepare_is_recognised_and_begun_anew(worlds, tmp_path, monkeypatch, capsys):

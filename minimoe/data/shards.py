@@ -14,7 +14,9 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +168,7 @@ def prepare(corpora: Sequence[str], out: str | Path, tokenizer: str = "bpe", tok
     made = make_tokenizer(tokenizer, (d.text for s in sources for d, _ in _train(s)), tokenizer_vocab)
     out = start_folder(out)
     writer, domains = Writer(out, "shard", made, shard_tokens), {}
-    with tqdm(desc="tokens", unit="token", unit_scale=True, disable=None) as bar:
+    with gone_after_an_error(out), tqdm(desc="tokens", unit="token", unit_scale=True, disable=None) as bar:
         pairs = (pair for s in sources for pair in _train(s))
         while batch := list(itertools.islice(pairs, 64)):
             found = found.union(*(overlap.found(d.text) for d, _ in batch))
@@ -176,7 +178,7 @@ def prepare(corpora: Sequence[str], out: str | Path, tokenizer: str = "bpe", tok
                 writer.add(ids)
                 domains[d.domain] = domains.get(d.domain, 0) + len(ids)
                 bar.update(len(ids))
-    return _finish(out, made, writer, less(held, found), domains, [s.name for s in sources])
+        return _finish(out, made, writer, less(held, found), domains, [s.name for s in sources])
 
 
 def merge(folders: Sequence[str | Path], out: str | Path, strategy: str = "proportional", ratios: Sequence[float] = (),
@@ -216,6 +218,16 @@ def merge(folders: Sequence[str | Path], out: str | Path, strategy: str = "propo
             for domain, n in zip(p.index["domains"], np.diff(ends, prepend=0)):
                 domains[domain] = domains.get(domain, 0) + int(n)
     return _finish(out, tokenizer, writer, less(held, found), domains, [p.folder.name for p in parts])
+
+
+@contextmanager
+def gone_after_an_error(out: Path) -> Iterator[None]:
+    """Takes the folder away where a text turns out to be one that cannot be encoded; a kill leaves it to be begun anew."""
+    try:
+        yield
+    except ValueError:
+        shutil.rmtree(out)
+        raise
 
 
 def need_free(out: str | Path) -> None:
