@@ -238,7 +238,7 @@ def versions() -> dict:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
-def store(out: Path, place: str, part: str, content: dict) -> None:
+def store(out: Path, place: str, part: str, content: dict, what: str = __doc__.split("\n")[0]) -> None:
     """Replaces one part of the file. Parts that another machine or other versions measured are dropped, not mixed in."""
     whole = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     about = {"machine": machine(place), "versions": versions()}
@@ -247,7 +247,7 @@ def store(out: Path, place: str, part: str, content: dict) -> None:
         record = about
     record.setdefault("parts", {})[part] = content
     if place == "cpu":
-        whole = {"what": __doc__.split("\n")[0]} | record | {"gpu": whole.get("gpu", "not run on a GPU")}
+        whole = {"what": what} | record | {"gpu": whole.get("gpu", "not run on a GPU")}
     else:
         whole["gpu"] = record
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from engine import machine, versions
+from engine import store
 from training_sides import Work, measure
 
 RESULT = Path(__file__).parent / "results" / "training.json"
@@ -121,19 +121,6 @@ def table(lines: list[dict]) -> str:
     return "\n".join(text)
 
 
-def store(out: Path, part: str, content: dict) -> None:
-    """Replaces one part of the file. Parts that another machine or other versions measured are dropped, not mixed in."""
-    whole = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
-    about = {"what": __doc__.split("\n")[0], "machine": machine("cpu"), "versions": versions()}
-    if any(whole.get(key) != value for key, value in about.items()):
-        whole = about
-    whole.setdefault("parts", {})[part] = content
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_suffix(".part")
-    scratch.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(out)
-
-
 def run(kind: str, quick: bool, say: Callable[[str], None]) -> tuple[list[dict], dict]:
     """Measures one kind: its lines, and all figures by side."""
     found: dict[str, list[dict]] = {}
@@ -162,7 +149,7 @@ def main(argv: list[str]) -> None:
     for kind in args.only:
         found, sides = run(kind, args.quick, lambda text: print(text, file=sys.stderr, flush=True))
         if out:
-            store(out, kind, about | {"rows": found, "sides": sides})
+            store(out, "cpu", kind, about | {"rows": found, "sides": sides}, __doc__.split("\n")[0])
         lines += found
     print(table(lines))
     print(f"\n{time.perf_counter() - started:.0f} s")

@@ -4,6 +4,7 @@ Exit code 0 for success, 2 for what the user can mend (one line says what and ho
 """
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         let_rank_0_speak()
         print(colored(f"minimoe: error: {error}", "red", sys.stderr), file=sys.stderr)
         return 2
+    except BrokenPipeError:                     # minimoe … | head: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("\nminimoe: stopped", file=sys.stderr)
         return 130
