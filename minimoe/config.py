@@ -80,6 +80,18 @@ class TrainConfig:
     """Name of the run at Weights & Biases; null is that of the run folder."""
     parallel: Literal["none", "ddp", "fsdp", "ep"] = "none"
     """How the processes that torchrun starts share the work: the batch, also the model, or also the experts."""
+    init: str | None = None
+    """Run folder whose weights and tokenizer this run starts from, with a fresh optimizer; null starts from the seed."""
+    method: Literal["full", "lora", "qlora"] = "full"
+    """Train all weights, or low-rank adapters beside frozen ones, which qlora also keeps in 4 bits."""
+    lora_rank: int = 8
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """What an adapter adds is scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's input that is zeroed in training."""
+    lora_targets: tuple[str, ...] = ("q", "k", "v", "o")
+    """Names of the weights that get an adapter: q, k, v, o, w13 and w2 (experts and dense layers), or longer endings of names."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -97,6 +109,10 @@ class TrainConfig:
         need(self.threads >= -1, f"threads={self.threads}: a number, 0 for PyTorch's own choice, -1 for all cores but two")
         need(self.seed >= 0, f"seed={self.seed}: must not be negative")
         need(self.lr > 0 and self.clip > 0, f"lr={self.lr}, clip={self.clip}: both must be above 0")
+        need(self.lora_rank >= 1 and self.lora_alpha > 0, f"lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}: both must "
+                                                          "be above 0")
+        need(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout}: at least 0 and below 1")
+        need(self.method == "full" or bool(self.lora_targets), "lora_targets is empty: name at least one weight, such as q")
         need(0 <= self.min_lr <= 1, f"min_lr={self.min_lr}: a share of lr, between 0 and 1")
 
     def resolved(self, epoch: int | None, seq_len: int) -> TrainConfig:
@@ -165,6 +181,8 @@ class DataConfig:
     MINIMOE_DATA), or the path of a tokenizer.json or of a run."""
     tokenizer_vocab: int = 1024
     """Vocabulary of a trained bpe tokenizer, the specials included."""
+    supervised: bool = False
+    """Documents are conversations, one a row of a batch, of which only the assistant's words are learned."""
 
     def __post_init__(self) -> None:
         entries = [self.mixture] if isinstance(self.mixture, str | Source) else self.mixture
@@ -244,7 +262,7 @@ def differences(a: Config, b: Config) -> list[str]:
     >>> differences(Config(), Config(train=TrainConfig(steps=7, device="cpu")))
     ['steps was 500, is 7']
     """
-    free = ("device", "parallel", "workers", "pin_memory", "log_level", "tensorboard", "wandb", "wandb_project", "wandb_name")
+    free = ("device", "parallel", "init", "workers", "pin_memory", "log_level", "tensorboard", "wandb", "wandb_project", "wandb_name")
     pairs = [(name, old, new) for section, values in to_dict(a).items() for name, old in values.items()
              if (new := to_dict(b)[section][name]) != old and name not in free]
     return [f"{name} was {_spell(old)}, is {_spell(new)}" for name, old, new in pairs]
