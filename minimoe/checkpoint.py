@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -227,17 +228,28 @@ def load_state(folder: Path, model: MoETransformer, optimizer: torch.optim.Optim
     """Reads a checkpoint into model and optimizer, and gives the `progress` that was saved with it."""
     load_weights(folder / "model.safetensors", model, ranks)
     parameters = dict(model.named_parameters())
-    try:
+    with _undamaged(folder):
         tensors = load_file(str(folder / "state" / "optimizer.safetensors"))
-        progress = json.loads((folder / "state" / "progress.json").read_text(encoding="utf-8"))
         for key, value in tensors.items():
             name, _, part = key.rpartition("|")
             place = parameters[name]
             optimizer.state[place][part] = ranks.part(key, value, place)
+    return read_progress(folder)
+
+
+def read_progress(folder: Path) -> dict:
+    """The `progress` that was saved with a checkpoint."""
+    with _undamaged(folder):
+        return json.loads((folder / "state" / "progress.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _undamaged(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder / 'state'}: damaged ({str(error)[:80]}); remove this checkpoint to go on from the one "
                           "before") from None
-    return progress
 
 
 def write_safely(path: Path, write: Callable[[Path], object]) -> None:

@@ -23,6 +23,7 @@ from minimoe.checkpoint import (
     checkpoints,
     kept_checkpoint,
     load_state,
+    read_progress,
     remove_after,
     save,
     save_state,
@@ -30,7 +31,7 @@ from minimoe.checkpoint import (
     write_safely,
 )
 from minimoe.config import Config, DataConfig, GenerateConfig, TrainConfig, differences, load_config
-from minimoe.data.loader import TextData, join, load_data, shortened
+from minimoe.data.loader import TextData, held_out_lines, join, load_data, shortened
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
 from minimoe.device import choose, tune_cpu
@@ -160,7 +161,7 @@ class Trainer:
         progress = {"step": self.step, "best": self.best, "seconds": self.seconds, "since": self.since,
                     "scaler": self.scaler.state_dict()}
         if isinstance(self.data, TextData):
-            progress["data"] = self.data.mixture.state()
+            progress |= {"data": self.data.mixture.state(), "out": self.data.out}
         saved = save_state(self.out, self.step, self.model, self.optimizer, progress, self.cfg.keep, self.ranks)
         self.track.log.info("saved %s", saved)
 
@@ -286,19 +287,23 @@ def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tupl
 
 
 def train_from_config(config: Config, out: str | Path | None = None, *, resume: bool = False, stop_after: int | None = None,
-                      progress: bool = True, say: Callable[[str], None] = lambda line: None,
+                      progress: bool = True, say: Callable[[str], None] | None = None,
                       samples: Iterable[str] = (), from_step: int | None = None) -> Run:
     """Everything that `minimoe train` does: data, tokenizer, a model from the seed, training, samples."""
     tune_cpu()
     ranks = parallel.start(config.train, config.model)
-    say, samples = (say, samples) if ranks.main else (lambda line: None, ())
+    tell = bool(say and ranks.main)
+    say, samples = (say, samples) if tell else (lambda line: None, ())
     goes_on = bool(resume and out and checkpoints(Path(out)))
     need(from_step is None or goes_on, f"{out}: no checkpoint to go on from, so there is none of step {from_step}")
     if resume and not goes_on:
         say(f"{out}: no complete checkpoint to go on from, so this run starts at step 0")
-    data = load_data(config.data, Tokenizer.load(Path(out)) if goes_on else None) if ranks.main else None
+    start = kept_checkpoint(Path(out), from_step) if goes_on else None
+    seen = read_progress(start).get("out") if start else None           # what is on disk was read through when the run began
+    data = load_data(config.data, Tokenizer.load(Path(out)) if goes_on else None, seen) if ranks.main else None
     tokenizer = ranks.from_main(data and data.tokenizer.inner.to_str())         # trained once
-    data = data or load_data(config.data, Tokenizer.from_text(tokenizer))
+    seen = ranks.from_main(data and data.out)
+    data = data or load_data(config.data, Tokenizer.from_text(tokenizer), seen)
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     if goes_on and config.train.batch_size == "auto":       # what was found when the run began
@@ -314,7 +319,6 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
     trainer.notes.append(f"model: {m.num_params():,} parameters, {m.active_params():,} active per token, "
                          f"{m.flops_per_token(trainer.seq_len):,} forward FLOPs per token\n{shape_table(m)}")
     if goes_on:
-        start = kept_checkpoint(Path(out), from_step)
         newer = [str(int(p.name)) for p in checkpoints(Path(out)) if p > start]
         trainer.notes.append(f"goes on from step {int(start.name)}" + (
             f"; the newer checkpoints ({', '.join(newer)}) and the rows after it go" if newer else ""))
@@ -329,4 +333,6 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
         except ValueError:                      # characters that this text does not have: begin as the text does
             prompt = next((d.text for c in data.corpora for d in (*c.train, *c.held_out)), "the")[:16]
         say(f"--- {prompt!r}\n{prompt}{run.generate(prompt, max_new_tokens=60)}")
+    for line in held_out_lines(run.metrics(), data) if tell else ():
+        say(line)
     return run

@@ -1,5 +1,6 @@
 """Token shards: the same tokens as from the text, every fault named, merged in tokens, and trained on from the command line."""
 import dataclasses
+import json
 import pickle
 import re
 
@@ -9,14 +10,16 @@ import torch
 
 from minimoe.checkpoint import load
 from minimoe.cli import main
-from minimoe.config import DataConfig, Source
+from minimoe.config import Config, DataConfig, ModelConfig, Source, TrainConfig
 from minimoe.data import shards as module
 from minimoe.data.corpora import load_corpus
+from minimoe.data.held_out import Overlap, hash_of
 from minimoe.data.loader import join, load_data
 from minimoe.data.shards import Shards, merge, prepare
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.data.verify import verify
 from minimoe.settings import ConfigError
+from minimoe.trainer import train_from_config
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +258,34 @@ def test_characters_train_on_shards_too(sums, tmp_path, capsys):
     assert main(["train", "--mixture", str(tmp_path / "s"), "--tokenizer", "characters", "--dim", "16", "--n-layers", "1", "--n-heads",
                  "2", "--expert-hidden", "16", "--max-seq-len", "32", "--steps", "1", "--out", str(tmp_path / "run")]) == 0
     assert re.search(r"--- '\d+ \+ \d+ = ", capsys.readouterr().out)
+
+
+def test_a_restart_reads_only_what_the_next_steps_take(tmp_path, monkeypatch):
+    """Shards and a file of ids beside a text that shares a paragraph with their held-out part: the first start looks through
+    all of them, going on does not, and measures on the same held-out text."""
+    shared = "A paragraph that stands in the held-out part of one and in what the other one trains on."
+    parts = [f"Document {i} says that {i} and {i} is {2 * i}, and then it says no more than that." for i in range(3000)]
+    (tmp_path / "big.txt").write_text("\n\n".join([*parts, shared]) + "\n", encoding="utf-8")
+    (tmp_path / "small.txt").write_text("\n\n".join([shared, *(f"Another line, the number {i}, of the small text." for i in range(40))]),
+                                        encoding="utf-8")
+    prepare([str(tmp_path / "big.txt")], tmp_path / "shards", "bytes", shard_tokens=60_000)
+    ids = Tokenizer.bytes().encode("\n\n".join(parts[:2000]))
+    np.save(tmp_path / "ids.npy", np.array(ids, np.uint16))
+    config = Config(model=ModelConfig(vocab_size=None, dim=16, n_layers=1, n_heads=2, expert_hidden=16, max_seq_len=32),
+                    train=TrainConfig(steps=4, batch_size=2, eval_every=0, dtype="float32", threads=1),
+                    data=DataConfig(mixture=tuple(str(tmp_path / n) for n in ("shards", "small.txt", "ids.npy")), tokenizer="bytes"))
+    taken, looked_at = [], []
+    take, found = Shards.take, Overlap.found
+    monkeypatch.setattr(Shards, "take", lambda self, indices, **kw: taken.append(len(indices)) or take(self, indices, **kw))
+    monkeypatch.setattr(Overlap, "found", lambda self, text: looked_at.append(len(text)) or found(self, text))
+    whole = train_from_config(config, tmp_path / "whole", progress=False)
+    assert sum(taken) > 100_000 and sum(looked_at) > 200_000
+    train_from_config(config, tmp_path / "run", progress=False, stop_after=2)
+    taken.clear(), looked_at.clear()
+    run = train_from_config(config, tmp_path / "run", progress=False, resume=True)
+    # two steps of two windows, and for the checksum of each start three places of 64 k tokens at most
+    assert sum(taken) <= 4 * 33 + 2 * 3 * (1 << 16) and max(taken) <= 1 << 16
+    assert sum(looked_at) <= (tmp_path / "small.txt").stat().st_size            # which is read whole, as all texts are
+    assert [r.get("val") for r in run.metrics()] == [r.get("val") for r in whole.metrics()] and run.metrics()[-1]["val"]
+    apart = json.loads((tmp_path / "run" / "checkpoints" / "00000004" / "state" / "progress.json").read_text(encoding="utf-8"))["out"]
+    assert hash_of(shared) in apart

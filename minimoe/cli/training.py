@@ -12,7 +12,6 @@ from minimoe.config import Config, TrainConfig, load_config
 from minimoe.launch import is_main, watch
 from minimoe.settings import ConfigError, need
 
-XZ_LIMIT = 20_000_000       # characters: above it the yardstick takes longer than it tells, and of a stream it cannot be had
 LENGTHS = ("steps", "epochs", "tokens")
 SAMPLE_PROMPTS = ("The for statement", "An object is")
 
@@ -61,15 +60,6 @@ def train(argv: list[str]) -> None:
     if not is_main():
         return
     rows = run.metrics()
-    best = min((r for r in rows if "val_bpb" in r), key=lambda r: r["val_ce"], default=None)
-    if best:
-        from minimoe.data.loader import load_data, xz_bits_per_byte
-
-        data = load_data(args.settings.data, run.tokenizer)
-        small = all(c.train for c in data.corpora) and sum(len(d.text) for c in data.corpora for d in c.train) < XZ_LIMIT
-        for corpus in (c for c in data.corpora if c.name in best["val"]):
-            print(f"held-out {corpus.name}: {best['val'][corpus.name]:.3f} bits per byte at step {best['step']}" + (
-                f"; xz -9e, given all training text, {xz_bits_per_byte(data, corpus):.3f}" if small else ""))
     if args.plot:
         print(f"drawn in {run.plot().save(out / 'plot.svg')}")
     if rows:

@@ -1,6 +1,7 @@
 """What is learned from and what is only measured on: no held-out paragraph of 40 characters stands in training text."""
 from __future__ import annotations
 
+import hashlib
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -90,6 +91,15 @@ def leave_out(text: str, unwanted: Callable[[str], bool]) -> str:
     return "".join(kept) if kept and kept[-1] is parts[-1] else "".join(kept).rstrip("\r\n")
 
 
+def hash_of(paragraph: str) -> str:
+    """By what a paragraph is known again.
+
+    >>> hash_of("a paragraph")
+    '0ca6cc471ca5'
+    """
+    return hashlib.sha256(paragraph.encode()).hexdigest()[:12]
+
+
 class Overlap:
     """The paragraphs of some documents, and which of them stand in another text, found in one pass over it.
 
@@ -114,6 +124,12 @@ class Overlap:
             for gram in set(grams[self.table[_slot(grams)]].tolist()):
                 found |= {p for p in self.of_gram.get(gram, ()) if p not in found and p in text}
         return found
+
+
+    def of_hashes(self, hashes: Iterable[str]) -> set[str]:
+        """Its paragraphs that have one of these hashes."""
+        wanted = set(hashes)
+        return {p for group in self.of_gram.values() for p in group if hash_of(p) in wanted}
 
 
 def _slot(grams: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import lzma
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +12,7 @@ import torch
 
 from minimoe.config import DataConfig, Source, TrainConfig
 from minimoe.data.corpora import held_apart, label, load_corpus
-from minimoe.data.held_out import HELD_OUT_LIMIT, Corpus, Document, Overlap, less
+from minimoe.data.held_out import HELD_OUT_LIMIT, Corpus, Document, Overlap, hash_of, less
 from minimoe.data.mixture import Mixture, Stream
 from minimoe.data.shards import Shards, fitting_tokenizer, is_shards
 from minimoe.data.sources import kind
@@ -19,18 +20,21 @@ from minimoe.data.stream import RawStream, encoder
 from minimoe.data.tokenizer import Tokenizer, make_tokenizer
 from minimoe.settings import ConfigError, need
 
+XZ_LIMIT = 20_000_000   # characters: above it the yardstick takes longer than it tells, and of a stream it cannot be had
 SAMPLE = 2_000_000      # characters of a stream that a tokenizer learns from
 
 
 @dataclass(frozen=True)
 class TextData:
     """What `Trainer` takes: the `mixture` to learn from, the `corpora` whose held-out text is measured on, and the
-    `tokenizer` of both; with the `config` that it was made from."""
+    `tokenizer` of both; with the `config` that it was made from, and by their hashes the held-out paragraphs that were left
+    `out` because some source trains on them."""
 
     mixture: Mixture
     corpora: tuple[Corpus, ...]
     tokenizer: Tokenizer
     config: DataConfig | None = None
+    out: tuple[str, ...] = ()
 
 
 def join(documents: tuple[Document, ...], tokenizer: Tokenizer) -> np.ndarray:
@@ -39,8 +43,9 @@ def join(documents: tuple[Document, ...], tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([part for d in documents for part in (np.array(mark, np.int32), encode(d.text))])
 
 
-def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> TextData:
-    """Reads or opens the sources, trains or loads the tokenizer, and packs the tokens.
+def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None, out: Iterable[str] | None = None) -> TextData:
+    """Reads or opens the sources, trains or loads the tokenizer, and packs the tokens. `out` is what an earlier call found:
+    with it, token ids that lie on disk are not read through again.
 
     >>> data = load_data(DataConfig(mixture="worlds", tokenizer="characters"))
     >>> inputs, targets = data.mixture.batch(0, batch_size=2, seq_len=8, seed=0)
@@ -51,9 +56,11 @@ def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> TextData:
     tokenizer = fitting_tokenizer([o for o in opened if isinstance(o, Shards)], tokenizer, cfg.tokenizer)
     if tokenizer is None:
         tokenizer = _make_tokenizer(cfg, opened)
-    opened = [_with_text(o, tokenizer) if isinstance(o, Tokens | Shards) else o for o in opened]
+    opened = [_with_text(o, tokenizer, out is None) if isinstance(o, Tokens | Shards) else o for o in opened]
     names = _unique([o.name for o in opened])
-    held = _apart(opened, tokenizer)
+    overlap = Overlap(d for o in opened for d in o.held_out)
+    found = _found(opened, tokenizer, overlap) if out is None else overlap.of_hashes(out)
+    held = [less(o.held_out, found) for o in opened]
     corpora = [Corpus(name, o.train if isinstance(o, Corpus) else (), h) for name, o, h in zip(names, opened, held)]
     avoid, streams = Overlap(d for h in held for d in h), []
     for name, o in zip(names, opened):
@@ -69,7 +76,7 @@ def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> TextData:
     ratios = {"weighted": [s.ratio for s in cfg.mixture], "equal": [1.0] * len(streams), "proportional": sizes}
     need(not cfg.pin_memory or torch.cuda.is_available(), "pin_memory: there is no CUDA device to copy to; leave it out")
     mixture = Ahead(tuple(streams), tuple(ratios[cfg.strategy]), cfg.workers, cfg.pin_memory)
-    return TextData(mixture, tuple(corpora), tokenizer, cfg)
+    return TextData(mixture, tuple(corpora), tokenizer, cfg, tuple(sorted(map(hash_of, found))))
 
 
 def _open(source: Source) -> Corpus | Tokens | Shards | RawStream:
@@ -106,11 +113,11 @@ class Tokens:
         return cls(label(source), ids[:cut], ids[cut:])
 
 
-def _with_text(t: Tokens | Shards, tokenizer: Tokenizer) -> Tokens:
-    """With the held-out part as text."""
+def _with_text(t: Tokens | Shards, tokenizer: Tokenizer, check: bool) -> Tokens:
+    """With the held-out part as text, and where wanted, all ids looked at."""
     if isinstance(t, Shards):
         return Tokens(t.folder.name, t, np.empty(0, int), t.held_out(tokenizer))
-    top = int(max(t.train.max(), t.end.max(initial=0)))
+    top = int(max(t.train.max() if check else 0, t.end.max(initial=0)))
     need(top < tokenizer.vocab_size, f"{t.name}: token {top} is not in this tokenizer's vocabulary of {tokenizer.vocab_size}; "
                                      "name the tokenizer that the file was made with")
     text = tokenizer.decode(t.end.tolist())
@@ -131,10 +138,9 @@ def _make_tokenizer(cfg: DataConfig, opened: list[Corpus | Tokens | RawStream]) 
     return make_tokenizer(cfg.tokenizer, texts, cfg.tokenizer_vocab)
 
 
-def _apart(opened: list[Corpus | Tokens | RawStream], tokenizer: Tokenizer) -> list[tuple[Document, ...]]:
-    """The held-out documents of every source, less the paragraphs that stand in what any of them trains on; what stands in
-    a stream is left out there, while it is read."""
-    overlap = Overlap(d for o in opened for d in o.held_out)
+def _found(opened: list[Corpus | Tokens | RawStream], tokenizer: Tokenizer, overlap: Overlap) -> set[str]:
+    """The held-out paragraphs that stand in what any source trains on; what stands in a stream is left out there, while it
+    is read."""
     reach = max((len(p.encode()) for group in overlap.of_gram.values() for p in group), default=0)
     found: set[str] = set()
     for o in opened:
@@ -143,7 +149,7 @@ def _apart(opened: list[Corpus | Tokens | RawStream], tokenizer: Tokenizer) -> l
         elif isinstance(o, Tokens) and (len(opened) > 1 or not isinstance(o.train, Shards)):
             for start in range(0, len(o.train), 1 << 18):
                 found |= overlap.found(tokenizer.decode(o.train[start:start + (1 << 18) + reach].tolist()))
-    return [less(o.held_out, found) for o in opened]
+    return found
 
 
 def _unique(names: list[str]) -> list[str]:
@@ -218,6 +224,15 @@ def in_shares(corpora: list[Corpus], ratios: list[float]) -> list[str]:
             texts.append(d.text[:left])
             left -= len(texts[-1])
     return [t for t in texts if t]
+
+
+def held_out_lines(rows: list[dict], data: TextData) -> list[str]:
+    """The bits per byte of each corpus where the whole was best, beside the yardstick for what can be read through."""
+    best = min((r for r in rows if "val_bpb" in r), key=lambda r: r["val_ce"], default=None)
+    small = all(c.train for c in data.corpora) and sum(len(d.text) for c in data.corpora for d in c.train) < XZ_LIMIT
+    return [f"held-out {c.name}: {best['val'][c.name]:.3f} bits per byte at step {best['step']}" + (
+        f"; xz -9e, given all training text, {xz_bits_per_byte(data, c):.3f}" if small else "")
+        for c in data.corpora if best and c.name in best["val"]]
 
 
 def xz_bits_per_byte(data: TextData, corpus: Corpus) -> float:
