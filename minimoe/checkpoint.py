@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from minimoe.config import Config, ModelConfig, load_config, save_config
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
-from minimoe.generate import stream
+from minimoe.generate import generate, stream
 from minimoe.model import MoETransformer
 from minimoe.parallel import ALONE, Ranks
 from minimoe.plot import Figure, history
@@ -43,10 +43,15 @@ class Run:
     folder: Path | None = None
     rows: list[dict] | None = field(default=None, repr=False)
 
-    def generate(self, text: str, max_new_tokens: int | None = None, **options: object) -> str:
-        """The text that the model writes after `text`. Options: temperature, top_k, top_p, seed, and `stop`, a
-        text or texts that end the writing and are not shown; what is not given comes from the run's `generate:` section."""
-        return "".join(self.stream(text, max_new_tokens, **options))
+    def generate(self, text: str | list[str], max_new_tokens: int | None = None, **options: object) -> str | list[str]:
+        """The text that the model writes after `text`, or after each of a list, all together. Options: temperature, top_k,
+        top_p, seed, and `stop`, a text or texts that end the writing and are not shown; what is not given comes from the
+        run's `generate:` section."""
+        if isinstance(text, str):
+            return "".join(self.stream(text, max_new_tokens, **options))
+        options, stop = self._options({"max_new_tokens": max_new_tokens, **options})
+        texts = [self.tokenizer.decode(ids) for ids in generate(self.model, [self.encode(t) for t in text], **options)]
+        return [t[:min((at for s in stop if (at := t.find(s)) >= 0), default=len(t))] for t in texts]
 
     def stream(self, text: str, max_new_tokens: int | None = None, **options: object) -> Iterator[str]:
         """As `generate`, but yields pieces of text as they are made. A character that spans tokens comes whole, and what

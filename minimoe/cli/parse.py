@@ -1,20 +1,37 @@
 """What the commands share: flags out of dataclasses, and which folder is meant."""
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from minimoe.config import Source
 from minimoe.settings import need
 
+if TYPE_CHECKING:
+    from minimoe.checkpoint import Run
+
 PLAIN = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
 def newest_run() -> str:
-    """The run folder under runs/ that was written last, else "shipped"."""
-    runs = [p.parent for p in Path("runs").glob("*/model.safetensors")]
+    """The run folder under runs/, at any depth, that was written last, else "shipped"."""
+    runs = [p.parent for p in Path("runs").rglob("model.safetensors") if (p.parent / "config.yaml").is_file()]
     return str(max(runs, key=lambda p: (p / "model.safetensors").stat().st_mtime)) if runs else "shipped"
+
+
+def open_run(name: str | None, device: str = "cpu", step: int | None = None) -> Run:
+    """The run of that name, ready to be used, or the newest, said on stderr."""
+    from minimoe.checkpoint import load
+    from minimoe.device import choose, tune_cpu
+
+    tune_cpu()
+    run = load(name or newest_run(), str(choose(device, "float32").device), step)
+    if name is None:
+        print(f"using {newest_run()}", file=sys.stderr)
+    return run
 
 
 def new_folder(out: Path) -> Path:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import time
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Annotated
 
 import tyro
 
-from minimoe.cli.parse import newest_run, parse
+from minimoe.cli.parse import open_run, parse
 from minimoe.config import load_config
+from minimoe.data.sources import read_text
+from minimoe.settings import ConfigError, need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,13 @@ class GenerateArgs:
     """Run folder, or "shipped"; default the newest under runs/, else the shipped one."""
     prompt: str = "The "
     """Text to go on from."""
+    prompts: Path | None = None
+    """File of prompts instead, written on from in batches: one a line, or .jsonl with a text or a field prompt a line. What is
+    drawn for one depends on the seed and its batch."""
+    batch_size: int = 16
+    """Prompts of a file that are written on from together."""
+    out: Path | None = None
+    """With --prompts: file for the answers, one JSON object (prompt, text) a line, instead of printing them."""
     max_new_tokens: int | None = None
     """Tokens to write; default the run's own."""
     temperature: float | None = None
@@ -42,24 +52,54 @@ class GenerateArgs:
 def generate(argv: list[str]) -> None:
     """Write on from a prompt: minimoe generate runs/pydocs --prompt "The for statement" """
     args = parse(GenerateArgs, argv, "generate")
-    from minimoe.checkpoint import load
-    from minimoe.device import choose, tune_cpu
-
-    tune_cpu()
-    folder = args.run or newest_run()
-    run = load(folder, str(choose(args.device, "float32").device), args.step)
-    if args.run is None:
-        print(f"using {folder}", file=sys.stderr)
-    started, print_now = time.perf_counter(), lambda text: print(text, end="", flush=True)
-    print_now(args.prompt)
-    n = 0
-    for piece in run.stream(args.prompt, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-                            top_p=args.top_p, seed=args.seed, stop=args.stop or None):
-        print_now(piece)
-        n += 1
-    print()
+    need(args.out is None or args.prompts is not None, "--out is for the answers to a file of prompts: give --prompts too")
+    need(args.out is None or not args.out.exists(), f"{args.out} exists already: name another --out")
+    need(args.batch_size >= 1, f"--batch-size {args.batch_size}: must be at least 1")
+    prompts = _prompts(args.prompts) if args.prompts else []
+    run = open_run(args.run, args.device, args.step)
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
+               "top_p": args.top_p, "seed": args.seed, "stop": args.stop or None}
+    started = time.perf_counter()
+    if not prompts:
+        n, first = 0, started
+        print(args.prompt, end="", flush=True)
+        for piece in run.stream(args.prompt, **options):
+            print(piece, end="", flush=True)
+            first = time.perf_counter() if n == 0 else first
+            n += 1
+        print()
+        seconds = time.perf_counter() - started
+        print(f"{n} tokens in {seconds:.2f} s, the first after {first - started:.3f} s, {n / seconds:,.0f} tokens/s", file=sys.stderr)
+        return
+    n, file = 0, open(args.out, "w", encoding="utf-8") if args.out else None
+    for i in range(0, len(prompts), args.batch_size):
+        batch = prompts[i:i + args.batch_size]
+        for prompt, text in zip(batch, run.generate(batch, **options)):
+            n += len(run.tokenizer.encode(text))
+            if file:
+                file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+                file.flush()
+            else:
+                print(f"--- {prompt!r}\n{prompt}{text}", flush=True)
     seconds = time.perf_counter() - started
-    print(f"{n} tokens in {seconds:.2f} s, {n / seconds:,.0f} tokens/s", file=sys.stderr)
+    print(f"{len(prompts)} prompts, {n} tokens in {seconds:.2f} s, {n / seconds:,.0f} tokens/s" + (
+        f"; saved {args.out}" if file else ""), file=sys.stderr)
+
+
+def _prompts(path: Path) -> list[str]:
+    """One a line: plain text, or JSON (a text, or an object with a field prompt), in which a line may end."""
+    prompts = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if line.startswith(('"', "{")) and path.suffix == ".jsonl":
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno}); mend or remove that line") from None
+            line = row.get("prompt") if isinstance(row, dict) else row
+            need(isinstance(line, str), f"{path}, line {number}: no text in the field prompt")
+        if line.strip():
+            prompts.append(line)
+    return prompts
 
 
 @dataclasses.dataclass(frozen=True)

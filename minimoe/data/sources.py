@@ -76,6 +76,18 @@ def read_file(path: Path, source: Source, domain: str = "text", start: int = 0) 
     return READERS.get(path.suffix, _text)(path, source, domain, start)
 
 
+def read_text(path: Path) -> str:
+    """A whole text file. Raises ConfigError where it is missing, empty or not UTF-8.
+
+    >>> read_text(Path("pyproject.toml"))[:14]
+    '[build-system]'
+    """
+    need(path.is_file(), f"{path}: no such file")
+    text = _decode(path.read_bytes(), path, 0)
+    need(bool(text.strip()), f"{path}: the file is empty; name a text file with something in it")
+    return text
+
+
 def _text(path: Path, source: Source, domain: str, start: int) -> Iterator[Piece]:
     with open(path, "rb") as file:
         file.seek(start)
