@@ -8,7 +8,8 @@ Shapes: B sequences, D model width, H query heads, G key/value heads, C features
 """
 from __future__ import annotations
 
-from functools import partial
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -160,8 +161,11 @@ def _joined(attention: Attention) -> tuple[Tensor, Tensor | None]:
     return torch.cat([p.weight.t() for p in parts], dim=1), bias_X
 
 
-def _norm(module: nn.Module):
-    """PyTorch's function for RMSNorm: a third less time on one row, and slower than ours in training (LOG.md)."""
-    if type(module) is not RMSNorm:
+def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """RMSNorm as x / sqrt(|x|^2 + D eps) * (weight sqrt(D)), four operations: half the time of PyTorch's own on one row."""
+    if type(module) is not RMSNorm or module.weight.dtype != torch.float32:
         return module
-    return partial(F.rms_norm, normalized_shape=module.weight.shape, weight=module.weight, eps=module.eps)
+    size, norm = len(module.weight), torch.linalg.vector_norm
+    weight_D = module.weight.detach() * math.sqrt(size)
+    floor = torch.tensor(math.sqrt(size * module.eps), device=weight_D.device)
+    return lambda x_BD: x_BD.div(torch.hypot(norm(x_BD, dim=-1, keepdim=True), floor)).mul_(weight_D)
