@@ -19,7 +19,7 @@ LEVELS = [
     {"attention", "router"},
     {"balance", "experts"},
     {"model"},
-    {"decode", "generate", "lora", "parallel", "cost", "launch", "data", "optimizer", "measure", "track", "plot"},
+    {"decode", "generate", "nf4", "lora", "parallel", "cost", "launch", "data", "optimizer", "measure", "track", "plot"},
     {"checkpoint", "limits"},
     {"trainer"},
     {"stages"},
