@@ -32,7 +32,7 @@ class NF4(nn.Module):
     >>> w = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     >>> q = NF4(w)
     >>> round((q.dequantize() - w).square().mean().sqrt().item(), 3), q.nbytes / (2 * w.numel())
-    (0.089, 0.259765625)
+    (0.09, 0.259765625)
     """
 
     def __init__(self, w: Tensor):

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from minimoe import balance, lora, parallel
+from minimoe.adapter import save_adapter
 from minimoe.checkpoint import (
     Run,
     checkpoints,
@@ -273,6 +274,8 @@ class Trainer:
 
     def _save_weights(self) -> None:
         save_weights(self.out / "model.safetensors", self.model, self.ranks)
+        if self.cfg.method != "full" and self.ranks.main:
+            save_adapter(self.out / "adapter", self.model)
 
     def _log(self, row: dict) -> None:
         self.rows.append(row)

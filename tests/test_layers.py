@@ -20,7 +20,7 @@ LEVELS = [
     {"balance", "experts"},
     {"model"},
     {"decode", "generate", "nf4", "lora", "parallel", "cost", "launch", "data", "optimizer", "measure", "track", "plot"},
-    {"checkpoint", "limits"},
+    {"checkpoint", "limits", "adapter"},
     {"trainer"},
     {"stages"},
     {"evaluate", "hub", "explore", "chat", "doctor", "compare", "compare_figure"},

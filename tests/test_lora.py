@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from minimoe import lora
+from minimoe.adapter import load_adapter, save_adapter
 from minimoe.checkpoint import load
 from minimoe.config import ModelConfig, TrainConfig
 from minimoe.decode import lay_out_for_decoding
 from minimoe.experts import Experts
 from minimoe.generate import generate
+from minimoe.hub import save_hf
 from minimoe.lora import add_lora, adapted, disabled, merge, merged, remove, trainable_share
 from minimoe.model import MoETransformer
 from minimoe.router import softmax_topk, within_capacity
@@ -94,3 +96,36 @@ def test_trained_stopped_and_resumed_bit_for_bit(method, data, tmp_path):
 @pytest.fixture(scope="module")
 def data():
     return small_data()
+
+
+@pytest.mark.parametrize("targets", [EVERYWHERE, ("q", "blocks.1.attention.v", "experts.w2"), ("blocks.1.ffn.experts.w13", "shared.w13")])
+@pytest.mark.parametrize("cfg", [MOE, dataclasses.replace(MOE, n_predict=2, tie_embeddings=False, activation="gelu", shared_gate=True)])
+def test_saved_and_loaded_it_is_the_same(cfg, targets, tmp_path):
+    model = filled(add_lora(model_of(cfg), rank=3, alpha=5, targets=targets))
+    save_adapter(tmp_path, model)
+    again = load_adapter(model_of(cfg), tmp_path)
+    assert list(again.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert torch.equal(again(tokens_of(cfg)).logits, model(tokens_of(cfg)).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, some layers", "mixtral", "mixtral, one tensor", "qwen3", "qwen2"])
+def test_peft_puts_it_on_the_exported_model(name, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    cfg, targets = {
+        "llama": (DENSE, EVERYWHERE),
+        "llama, some layers": (DENSE, ("blocks.0.attention.q", "blocks.1.ffn.w13", "o")),
+        "mixtral": (dataclasses.replace(MOE, n_shared_experts=0, n_dense_first=0), EVERYWHERE),
+        "mixtral, one tensor": (dataclasses.replace(MOE, n_shared_experts=0, n_dense_first=0), ("blocks.1.ffn.experts.w13",)),
+        "qwen3": (dataclasses.replace(MOE, n_shared_experts=0, n_dense_first=1, qk_norm="head"), EVERYWHERE),
+        "qwen2": (dataclasses.replace(MOE, n_dense_first=0, shared_gate=True, qkv_bias=True), (*EVERYWHERE, "shared_gate")),
+    }[name]
+    model, x = model_of(cfg), tokens_of(cfg)
+    save_hf(model, tmp_path / "base")
+    before = model(x).logits
+    save_adapter(tmp_path / "adapter", filled(add_lora(model, rank=3, alpha=5, targets=targets)))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        got, want = theirs(x).logits, model(x).logits
+    assert (want - before).abs().max() > 0.1 and (got - want).abs().max() < 1e-4
