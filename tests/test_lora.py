@@ -45,6 +45,11 @@ def filled(model, seed=1):
     return model
 
 
+@pytest.fixture(scope="module")
+def data():
+    return small_data()
+
+
 def tokens_of(cfg, shape=(2, 9)):
     return torch.randint(cfg.vocab_size, shape, generator=torch.Generator().manual_seed(5))
 
@@ -93,9 +98,6 @@ def test_trained_stopped_and_resumed_bit_for_bit(method, data, tmp_path):
     assert all(torch.equal(v, run.model.state_dict()[k]) for k, v in file.model.state_dict().items())
 
 
-@pytest.fixture(scope="module")
-def data():
-    return small_data()
 
 
 @pytest.mark.parametrize("targets", [EVERYWHERE, ("q", "blocks.1.attention.v", "experts.w2"), ("blocks.1.ffn.experts.w13", "shared.w13")])
@@ -117,7 +119,7 @@ def test_peft_puts_it_on_the_exported_model(name, tmp_path):
         "llama, some layers": (DENSE, ("blocks.0.attention.q", "blocks.1.ffn.w13", "o")),
         "mixtral": (dataclasses.replace(MOE, n_shared_experts=0, n_dense_first=0), EVERYWHERE),
         "mixtral, one tensor": (dataclasses.replace(MOE, n_shared_experts=0, n_dense_first=0), ("blocks.1.ffn.experts.w13",)),
-        "qwen3": (dataclasses.replace(MOE, n_shared_experts=0, n_dense_first=1, qk_norm="head"), EVERYWHERE),
+        "qwen3": (dataclasses.replace(MOE, n_shared_experts=0, n_dense_first=0, qk_norm="head"), ("q", "experts.w2")),
         "qwen2": (dataclasses.replace(MOE, n_dense_first=0, shared_gate=True, qkv_bias=True), (*EVERYWHERE, "shared_gate")),
     }[name]
     model, x = model_of(cfg), tokens_of(cfg)
@@ -129,3 +131,122 @@ def test_peft_puts_it_on_the_exported_model(name, tmp_path):
     with torch.no_grad():
         got, want = theirs(x).logits, model(x).logits
     assert (want - before).abs().max() > 0.1 and (got - want).abs().max() < 1e-4
+
+
+def experts_of(dispatch, dtype=torch.float32, dim=16, hidden=24, e=5):
+    layer = Experts(ModelConfig(dim=dim, n_heads=1, head_dim=2, expert_hidden=hidden, n_experts=e, dispatch=dispatch)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=generator)
+    return layer
+
+
+class Holder(torch.nn.Module):
+    """A model with one layer of experts, for `add_lora`."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.cfg, self.experts = ModelConfig(), experts
+
+
+ROUTINGS = {
+    "plain": lambda x: softmax_topk(x, 2),
+    "an expert without tokens": lambda x: softmax_topk(torch.cat((x[:, :-1], x[:, -1:] - 100), 1), 2),
+    "capacity": lambda x: within_capacity(softmax_topk(x, 2), 2, torch.zeros(len(x), dtype=torch.long)),
+    "one expert has all": lambda x: softmax_topk(x + torch.tensor([100.0, 0, 0, 0, 0]), 1, normalize=False),
+}
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("dispatch, n", [("loop", 11), ("grouped", 11), ("auto", 11), ("auto", 30)])      # auto: batched, grouped
+def test_gradients_on_experts_are_those_of_a_dense_delta(dispatch, n, rank, name):
+    layer, dense = experts_of(dispatch), experts_of("loop")
+    filled(add_lora(Holder(layer), rank=rank, alpha=6, targets=("w13", "w2")))
+    pairs = {k: p.detach().clone().requires_grad_() for k, p in layer.named_parameters() if p.requires_grad}
+    weights = [w.detach() + pairs[a] @ pairs[b] * 6 / rank for w, (a, b) in zip(dense.parameters(), layer.parts.values())]
+    generator = torch.Generator().manual_seed(1)
+    x, logits, up = (torch.randn(n, size, generator=generator) for size in (16, 5, 16))
+    results = []
+    for run in (layer, lambda x, r: reference.moe(x, r, *weights)):
+        ours, scores = x.clone().requires_grad_(), logits.clone().requires_grad_()
+        y = run(ours, ROUTINGS[name](scores))
+        (y * up).sum().backward()
+        results.append([y.detach(), ours.grad, scores.grad])
+    got = results[0] + [p.grad for p in layer.parameters() if p.requires_grad]
+    want = results[1] + [p.grad for p in pairs.values()]
+    assert len(got) == 7 and all(p.grad is None for p in (layer.w13_EDF, layer.w2_EHD))
+    for g, w in zip(got, want):
+        assert torch.allclose(g, w, atol=5e-5), (g - w).abs().max()
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("dispatch", ["loop", "grouped", "auto"])
+def test_experts_under_autocast_are_near_float32(dispatch, quantize):
+    results = []
+    for bf16 in (False, True):
+        layer = experts_of(dispatch)
+        filled(add_lora(Holder(layer), rank=8, targets=("w13", "w2"), quantize=quantize))
+        x = torch.randn(200, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y = layer(x, softmax_topk(torch.randn(200, 5, generator=torch.Generator().manual_seed(2)), 2))
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    for a, b in zip(*results):
+        assert a.dtype == b.dtype == torch.float32 and 0 < (a - b).norm() / a.norm() < 0.03
+
+
+def test_recomputed_experts_draw_the_same_dropout():
+    grads = []
+    for again in (False, True):
+        layer = experts_of("grouped")
+        filled(add_lora(Holder(layer), rank=4, dropout=0.5, targets=("w13", "w2"))).train()
+        layer.recompute = again
+        torch.manual_seed(7)
+        x = torch.randn(11, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        layer(x, softmax_topk(torch.randn(11, 5, generator=torch.Generator().manual_seed(2)), 2)).square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_dropout_acts_in_training_only_and_on_the_adapter_only():
+    model = add_lora(model_of(MOE), rank=4, dropout=0.5, targets=EVERYWHERE)
+    x = tokens_of(MOE)
+    plain = model(x).logits
+    assert torch.equal(model.train()(x).logits, plain)          # B is zero: what is dropped is not the base's input
+    filled(model)
+    assert not torch.equal(model(x).logits, model(x).logits)
+    assert torch.equal(model.eval()(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("targets", [("q",), ("w13", "w2"), ("shared.w13",), ("head",)])
+def test_writing_with_adapters_is_writing_merged(targets, quantize):
+    """Whatever is adapted, no fast path of the decoder leaves it out; laying out for decoding changes nothing."""
+    cfg = dataclasses.replace(MOE, tie_embeddings=False)
+    model = filled(add_lora(model_of(cfg), rank=4, alpha=40, targets=targets, quantize=quantize))
+    options = {"max_new_tokens": 12, "temperature": 0}
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    on = generate(lay_out_for_decoding(model), prompts, **options)
+    with disabled(model):
+        assert generate(model, prompts, **options) != on
+    assert generate(lay_out_for_decoding(merged(model)), prompts, **options) == on == generate(merge(model), prompts, **options)
+
+
+def test_a_target_that_is_not_there_is_named_with_those_that_are():
+    model = model_of(MOE)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    for bad in ("query", "uery", "", "router", "blocks.7.attention.q", "blocks.0.attention", "head"):       # head: tied here
+        with pytest.raises(ConfigError, match=r"lora_targets: '.*' is no weight of this model; there are attention.q, .*experts.w13"):
+            add_lora(model, targets=("q", bad))
+    assert not adapted(model) and before == {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(ConfigError, match="adapters already"):
+        add_lora(add_lora(model), targets="v")
+
+
+def test_the_share_that_is_trained():
+    model = add_lora(model_of(MOE), rank=2, targets=("attention.q", "experts.w2", "blocks.0.ffn.w13"))
+    q, experts, w13 = 2 * (16 + 16), 4 * 2 * (24 + 16), 2 * (16 + 48)
+    assert trainable_share(model) == (2 * q + experts + w13, MOE.num_params() + 2 * q + experts + w13)
+    small = add_lora(model_of(MOE), rank=2, targets=("attention.q", "experts.w2", "blocks.0.ffn.w13"), quantize=True)
+    assert trainable_share(small) == trainable_share(model)
