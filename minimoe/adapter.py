@@ -43,7 +43,7 @@ def save_adapter(folder: str | Path, model: MoETransformer) -> None:
     >>> model.blocks[0].attention.q.lora_A.shape
     torch.Size([2, 8])
     """
-    modules, tensors = adapted(model), {}
+    tensors = {}
     with_adapter = {full: (m, name) for full, m, name in _weights(model)
                     if hasattr(m, "parts") and hasattr(m, m.parts[name][0])}
     need(with_adapter, "this model has no adapters to save: add_lora first")

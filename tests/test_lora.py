@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minimoe import lora
 from minimoe.adapter import load_adapter, save_adapter
@@ -14,12 +15,13 @@ from minimoe.decode import lay_out_for_decoding
 from minimoe.experts import Experts
 from minimoe.generate import generate
 from minimoe.hub import save_hf
-from minimoe.lora import add_lora, adapted, disabled, merge, merged, remove, trainable_share
+from minimoe.lora import adapted, add_lora, disabled, merge, merged, remove, trainable_share
 from minimoe.model import MoETransformer
 from minimoe.router import softmax_topk, within_capacity
 from minimoe.settings import ConfigError
+from minimoe.trainer import Trainer
 from tests import reference
-from tests.test_resume import STEPS, TRAIN, assert_same_run, small_data, trainer
+from tests.test_resume import MODELS, STEPS, TRAIN, assert_same_run, small_data, trainer
 
 MOE = ModelConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, max_seq_len=32, n_experts=4, top_k=2,
                   expert_hidden=24, n_shared_experts=1, n_dense_first=1, dense_hidden=24)
@@ -250,3 +252,114 @@ def test_the_share_that_is_trained():
     assert trainable_share(model) == (2 * q + experts + w13, MOE.num_params() + 2 * q + experts + w13)
     small = add_lora(model_of(MOE), rank=2, targets=("attention.q", "experts.w2", "blocks.0.ffn.w13"), quantize=True)
     assert trainable_share(small) == trainable_share(model)
+
+
+def test_the_run_folder_says_what_is_trained_and_holds_the_adapter(data, tmp_path):
+    train = dataclasses.replace(TRAIN, method="lora", lora_targets=EVERYWHERE, lora_rank=4)
+    t = trainer(data, tmp_path / "run", train=train)
+    base = remove(copy.deepcopy(t.model)).eval()
+    run = t.fit()
+    share = "trainable: {:,} of {:,} parameters".format(*trainable_share(t.model))
+    assert share in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
+    best, x = load(tmp_path / "run"), torch.arange(10)[None]
+    on = load_adapter(base, tmp_path / "run" / "adapter")
+    assert (on(x).logits - best.model(x).logits).abs().max() < 1e-5 and run.generate("the", 5)
+    with disabled(on):
+        assert (on(x).logits - best.model(x).logits).abs().max() > 1e-4
+    trainer(data, tmp_path / "run").fit(stop_after=1)           # another run in this folder leaves no adapter that is not its own
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_going_on_beside_other_weights_is_refused(data, tmp_path):
+    train = dataclasses.replace(TRAIN, method="lora")
+    trainer(data, tmp_path, train=train).fit(stop_after=2)
+    before = sorted(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    torch.manual_seed(1)
+    other = MoETransformer(dataclasses.replace(trainer(data, None).model.cfg))
+    with pytest.raises(ConfigError, match="trained beside other weights"):
+        Trainer(other, train, data, out=tmp_path, progress=False).fit(resume=True)
+    with pytest.raises(ConfigError, match="method was lora, is full"):
+        trainer(data, tmp_path).fit(resume=True)
+    with pytest.raises(ConfigError, match="lora_rank was 8, is 4"):
+        trainer(data, tmp_path, train=dataclasses.replace(train, lora_rank=4)).fit(resume=True)
+    assert sorted(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()) == before
+    (tmp_path / "checkpoints" / "00000002" / "state" / "adapter.safetensors").write_bytes(b"no")
+    with pytest.raises(ConfigError, match="damaged"):
+        trainer(data, tmp_path, train=train).fit(resume=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_frozen_router_keeps_its_bias(method, data):
+    """The sign rule would move it; what is saved as merged would then be another base than the one that resuming starts from."""
+    model = dataclasses.replace(MODELS["selection bias"])
+    t = trainer(data, None, model, dataclasses.replace(TRAIN, method=method))
+    t.fit(stop_after=2)
+    assert all(not value.any() for name, value in t.model.state_dict().items() if name.endswith("bias_E"))
+    full = trainer(data, None, model)
+    full.fit(stop_after=2)
+    assert any(value.any() for name, value in full.model.state_dict().items() if name.endswith("bias_E"))
+
+
+def test_what_cannot_be_trained_with_adapters_is_refused(data, monkeypatch):
+    for kind in ("fsdp", "ep"):
+        with pytest.raises(ConfigError, match=f"method=qlora with parallel={kind}: .*ddp"):
+            lora.adapt(model_of(MOE), TrainConfig(method="qlora", parallel=kind))
+    with pytest.raises(ConfigError, match="'nowhere' is no weight of this model"):
+        trainer(data, None, train=dataclasses.replace(TRAIN, method="lora", lora_targets=("nowhere",)))
+
+
+def test_muon_leaves_the_matrices_of_adapters_to_adamw(data):
+    t = trainer(data, None, train=dataclasses.replace(TRAIN, method="lora", optimizer="muon", lora_targets=EVERYWHERE, lora_rank=1))
+    assert sum(len(g["params"]) for g in t.optimizer.param_groups if "pieces" in g) == 0
+    t.fit(stop_after=2)
+
+
+FOREIGN = {
+    "no folder": (lambda f: None, "adapter_config.json is missing"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+    "not JSON": (lambda f: (f / "adapter_config.json").write_text("{", encoding="utf-8"), "not readable as JSON"),
+    "a list": (lambda f: (f / "adapter_config.json").write_text("[]", encoding="utf-8"), "peft_type=list"),
+    "another method": (lambda f: change(f, peft_type="IA3"), "peft_type=IA3: only LORA"),
+    "another variant": (lambda f: change(f, use_dora=True), "use_dora=True is not supported"),
+    "ranks of their own": (lambda f: change(f, rank_pattern={"q_proj": 2}), "rank_pattern=.* is not supported"),
+    "no rank": (lambda f: change(f, r="four"), "r='four', .* must be numbers"),
+    "another rank": (lambda f: change(f, r=2), r"q_proj is \(4, 16\) and \(16, 4\), which does not fit blocks.0.attention.q .* r=2"),
+    "cut short": (lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:-9]), "damaged"),
+    "half of it": (lambda f: tensors(f, lambda t: t.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight")), "up_proj.lora_B.weight is missing"),
+    "another place": (lambda f: tensors(f, lambda t: t.update(x=torch.ones(1))), "no place for x"),
+    "nothing": (lambda f: tensors(f, dict.clear), "no adapter in it"),
+    "gate and up apart": (lambda f: tensors(f, lambda t: t["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"].add_(1)),
+                          "gate_proj and .*up_proj have adapters of their own"),
+}
+
+
+def change(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def tensors(folder, edit):
+    path = str(folder / "adapter_model.safetensors")
+    found = load_file(path)
+    edit(found)
+    save_file(found, path)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_adapters_that_are_foreign_or_damaged_are_refused_by_name(name, tmp_path):
+    spoil, message = FOREIGN[name]
+    save_adapter(tmp_path, add_lora(model_of(DENSE), rank=4, targets=EVERYWHERE))
+    spoil(tmp_path)
+    model = model_of(DENSE)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_adapter(model, tmp_path / "none" if name == "no folder" else tmp_path)
+    assert "\n" not in str(error.value) and not adapted(model) and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ConfigError, match="no adapters to save"):
+        save_adapter(tmp_path, model)
+
+
+def test_of_another_model_it_is_refused(tmp_path):
+    save_adapter(tmp_path / "moe", add_lora(model_of(MOE), targets=("experts.w13", "q")))
+    for cfg in (DENSE, dataclasses.replace(MOE, n_experts=8), dataclasses.replace(MOE, n_layers=1, n_dense_first=0)):
+        with pytest.raises(ConfigError, match="no place for|does not fit"):
+            load_adapter(model_of(cfg), tmp_path / "moe")
