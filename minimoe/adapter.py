@@ -7,6 +7,9 @@ puts the adapter on that. Two things are joined here and apart there, or the oth
     w13 of a dense layer       one A, one B (F, R)         gate_proj and up_proj: the same A twice, B cut in two
     an expert tensor           A (E, D, R), B (E, R, F)    one matrix each, (E R, D) and (F, R E), under target_parameters
 
+PEFT 0.21 cannot read one thing: dense layers' w13 of a Qwen3-MoE model (`n_dense_first`), whose gate_proj it takes for one of
+the experts. Here it loads.
+
 Shapes: D width in, F width out, R rank, E experts.
 """
 from __future__ import annotations
