@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minimoe.config import Config, ModelConfig, load_config, save_config
+from minimoe.data.held_out import Corpus
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
 from minimoe.generate import stream
@@ -41,6 +42,7 @@ class Run:
     config: Config
     folder: Path | None = None
     rows: list[dict] | None = field(default=None, repr=False)
+    corpora: tuple[Corpus, ...] | None = field(default=None, repr=False)       # the text beside which it was trained
 
     def generate(self, text: str, max_new_tokens: int | None = None, **options: object) -> str:
         """The text that the model writes after `text`. Options: temperature, top_k, top_p, seed, and `stop`, a

@@ -135,7 +135,8 @@ class Trainer:
             (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
 
     def _run(self) -> Run:
-        return Run(self.ranks.gather(self.model).eval(), self.tokenizer, self.config, self.out, self.rows)
+        return Run(self.ranks.gather(self.model).eval(), self.tokenizer, self.config, self.out, self.rows,
+                   getattr(self.data, "corpora", None))
 
     def _one_step(self, bar: tqdm) -> None:
         cfg, started = self.cfg, time.perf_counter()

@@ -1,0 +1,78 @@
+"""Which tasks there are, and `evaluate`, which runs them."""
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minimoe.evaluate.benchmark import Benchmark
+from minimoe.evaluate.results import Result
+from minimoe.evaluate.text import text_scores, with_text
+from minimoe.settings import ConfigError, need
+
+if TYPE_CHECKING:
+    from minimoe.checkpoint import Run
+
+OWN = (
+    Benchmark(name="perplexity", function=text_scores),
+)
+
+
+def evaluate(run: Run, tasks: Sequence[str | Benchmark] | None = None, *, quick: bool = False, seed: int = 0,
+             questions: int | None = None, text: str | None = None, say: Callable[[str], None] = lambda line: None) -> list[Result]:
+    """The results of a run on some tasks: names, `file.py:function`, or benchmarks; by default all own ones that can be asked
+    of this run, and `say` gets the reason for each that cannot.
+
+    `quick` asks a tenth of the questions, `questions` a number of them; `text` is measured on instead of the held-out text.
+    Raises ConfigError for a task that is unknown, or that this run cannot be asked.
+
+    >>> from minimoe.checkpoint import load
+    >>> evaluate(load("shipped"), ["perplexity"], text="The for statement is used to iterate.")[0].n
+    1
+    """
+    need(questions is None or questions >= 1, f"questions={questions}: must be at least 1")
+    if text is not None:
+        run = with_text(run, text)
+    wanted, results = [find(t) for t in (OWN if tasks is None else tasks)], []
+    need(wanted, "no task is named: " + ", ".join(b.name for b in OWN))
+    for b in wanted:
+        try:
+            results += b(run, seed=seed, questions=questions or (b.quick if quick else b.questions))
+        except ValueError as error:
+            if tasks is not None:
+                raise
+            say(f"{b.name}: left out ({error})")
+    return results
+
+
+def find(task: str | Benchmark) -> Benchmark:
+    """The task of a name, or that of `file.py:function`; an unknown name is a ConfigError with the nearest."""
+    if isinstance(task, Benchmark):
+        return task
+    own = {b.name: b for b in OWN}
+    if task in own:
+        return own[task]
+    if ".py:" in task:
+        found = from_file(task)
+        need(isinstance(found, Benchmark), f"{task}: not a benchmark; put @benchmark(\"name\") above the function")
+        return found
+    near = difflib.get_close_matches(task, own, n=1, cutoff=0.4)
+    raise ConfigError(f"unknown task {task!r}; " + (f"did you mean {near[0]!r}? " if near else "")
+                      + f"known are {', '.join(own)}, and file.py:function")
+
+
+def from_file(where: str) -> object:
+    """What `path/to/file.py:name` names; the file is run."""
+    path, _, name = where.rpartition(":")
+    need(Path(path).is_file(), f"{path}: no such file, so there is no {name} to take from it")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path}: cannot be run ({type(error).__name__}: {error}); mend it first") from error
+    near = difflib.get_close_matches(name, vars(module), n=1)
+    need(hasattr(module, name), f"{path}: has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return getattr(module, name)
