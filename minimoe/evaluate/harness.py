@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -80,14 +81,14 @@ def run_harness(run: Run | LM, tasks: Sequence[str], *, limit: int | None = None
                     entry.yaml_path = Path(temporary) / f"{leaf}.yaml"
                     entry.yaml_path.write_text(text, encoding="utf-8")
             loaded[name] = _load(manager, name, shots)
-        results = []
+        results, limit = [], limit or (QUICK if quick else None)
         for name, found in loaded.items():
             if any(getattr(task, "UNSAFE_CODE", False) for task in found["tasks"].values()):
                 print(f"{name}: runs the programs that the model writes, each for at most {SECONDS} s of computing, with no "
                       "wall to the files and the network of this machine", file=sys.stderr)
-            out = evaluate(lm=model, task_dict=found, limit=limit or (QUICK if quick else None), bootstrap_iters=0,
+            out = evaluate(lm=model, task_dict=found, limit=limit, bootstrap_iters=0,
                            apply_chat_template=chats, fewshot_as_multiturn=chats, confirm_run_unsafe_code=allow_code)
-            results += _results(out, found, seed)
+            results += _results(out, found, seed, limit)
     return results
 
 
@@ -190,12 +191,12 @@ def _load(manager: TaskManager, name: str, shots: int | None) -> dict:
     return loaded
 
 
-def _results(out: dict, loaded: dict, seed: int) -> list[Result]:
+def _results(out: dict, loaded: dict, seed: int, limit: int | None) -> list[Result]:
     """One for each metric of each group that has a score of its own, and of each task in none of these."""
     groups = {name: [t.task_name for t in loaded["groups"][name].get_all_tasks()] for name in out.get("groups", {})}
     alone = [name for name in loaded["tasks"] if not any(name in members for members in groups.values())]
     results = []
-    for name, members in [*groups.items(), *((name, [name]) for name in alone)]:
+    for name, members in [*reversed(groups.items()), *((name, [name]) for name in alone)]:
         task = loaded["tasks"][members[0]]
         samples = [(loaded["tasks"][member], sample) for member in members for sample in out["samples"][member]]
         filters = {sample["filter"] for _, sample in samples}
@@ -205,30 +206,28 @@ def _results(out: dict, loaded: dict, seed: int) -> list[Result]:
                 continue
             rows = [(t, sample) for t, sample in samples if sample["filter"] == rule]
             tied = sum(_tied(t, sample, metric) for t, sample in rows)
-            if tied:
-                print(f"{name}, {metric}: in {tied} of {len(rows)} questions the best answers are equally likely; the harness takes "
-                      "the first of them", file=sys.stderr)
-            results.append(_result(task, name, metric, [sample[metric] for _, sample in rows], value, seed,
-                                   chance=_chance(metric, rows), tied=tied, shots=task.get_config("num_fewshot") or 0,
-                                   rule=rule if len(filters) > 1 else ""))
+            note = f"lm_eval {version('lm_eval')}, task version {task.VERSION}, {task.get_config('num_fewshot') or 0} worked examples"
+            note += f", the first {limit:,} of each task only" if limit else ""
+            note += f"; in {tied} of {len(rows)} questions the best answers are equally likely, and the harness takes the first" if tied else ""
+            results.append(_result(task, name, f"{metric}, {rule}" if len(filters) > 1 else metric,
+                                   [sample[metric] for _, sample in rows], value, _chance(metric, rows), seed, note))
     return results
 
 
-def _result(task: Task, name: str, metric: str, values: list, value: float, seed: int, chance: float | None, rule: str,
-            **details: object) -> Result:
-    """A harness score with its interval; the value is always the harness's own."""
-    how = getattr(task.aggregation().get(metric), "__name__", "mean")
-    better = "higher" if task.higher_is_better().get(metric, True) else "lower"
-    scores = {"metric": f"{metric}, {rule}" if rule else metric, "chance": chance, "better": better}
+def _result(task: Task, name: str, metric: str, values: list, value: float, chance: float | None, seed: int, note: str) -> Result:
+    """A score with its interval; the value is always the harness's own."""
+    key = metric.partition(",")[0]
+    how = getattr(task.aggregation().get(key), "__name__", "mean")
+    about = {"metric": metric, "chance": chance, "better": "higher" if task.higher_is_better().get(key, True) else "lower"}
     if how in ("mean", "perplexity", "weighted_perplexity", "bits_per_byte"):
         parts = np.array(values, float)
-        if how != "mean":                       # sums of nats, by words or bytes
+        if how != "mean":                       # sums of nats, beside numbers of words or bytes
             parts = parts * (-1.0 if parts.ndim == 1 else [-1.0, 1.0])
         turn = {"mean": None, "bits_per_byte": lambda x: x / math.log(2)}.get(how, np.exp)
-        result = Scores(**scores, values=parts, transform=turn).result(name, seed, **details)
+        result = Scores(**about, values=parts, transform=turn).result(name, seed, note=note)
         if math.isclose(result.value, value, rel_tol=1e-6, abs_tol=1e-9):
             return result
-    return Result(**scores, task=name, value=value, low=None, high=None, n=len(values), details=details)
+    return Result(**about, task=name, value=value, low=None, high=None, n=len(values), details={"note": note})
 
 
 def _chance(metric: str, rows: list[tuple[Task, dict]]) -> float | None:

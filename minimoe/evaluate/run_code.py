@@ -12,7 +12,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-SECONDS = 3             # of computing for one program, as in code_eval; three times as long by the clock
+SECONDS = 3             # of computing for one program, as in code_eval
+WAIT = 20               # seconds by the clock: for programs that sleep, and machines with other work
 PASSED = 86             # exit status after the last line: a program that leaves early has not passed
 # before the program, in its process: limits, and as in code_eval nothing that starts or ends other processes
 GUARD = f"""
@@ -44,7 +45,7 @@ def passes(program: str) -> bool:
             [sys.executable, "-I", "-c", GUARD], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             cwd=folder, env={"SYSTEMROOT": os.environ.get("SYSTEMROOT", "")}, start_new_session=True)
         try:
-            process.communicate(program.encode("utf-8", "replace"), timeout=3 * SECONDS)
+            process.communicate(program.encode("utf-8", "replace"), timeout=WAIT)
         except subprocess.TimeoutExpired:
             return False
         finally:
