@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minimoe.evaluate.benchmark import Benchmark
+from minimoe.evaluate.choices import continuation, next_word
 from minimoe.evaluate.results import Result
 from minimoe.evaluate.text import text_scores, with_text
+from minimoe.evaluate.written import arithmetic, arithmetic_choice, letters, letters_choice, samples
 from minimoe.settings import ConfigError, need
 
 if TYPE_CHECKING:
@@ -17,6 +19,13 @@ if TYPE_CHECKING:
 
 OWN = (
     Benchmark(name="perplexity", function=text_scores),
+    Benchmark(name="continuation", function=continuation),
+    Benchmark(name="next_word", function=next_word),
+    Benchmark(name="arithmetic", function=arithmetic),
+    Benchmark(name="arithmetic_choice", function=arithmetic_choice),
+    Benchmark(name="letters", function=letters),
+    Benchmark(name="letters_choice", function=letters_choice),
+    Benchmark(name="samples", function=samples, questions=8, quick=2),
 )
 
 
