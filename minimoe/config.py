@@ -228,7 +228,7 @@ class EvaluateConfig:
     """What is measured, saved with the run."""
 
     tasks: tuple[str, ...] = ()
-    """Tasks of minimoe evaluate, by name or as file.py:function; none named, all that need no other data."""
+    """Tasks of minimoe evaluate or of the harness, by name or as file.py:function; none named, all that need no other data."""
     questions: int | None = None
     """Questions of each task; null is each task's own number."""
     sample_prompts: tuple[str, ...] = ()
@@ -237,6 +237,10 @@ class EvaluateConfig:
     """Tasks to measure at every look at the held-out text too, of local data only; any named, all tasks are measured at the end."""
     during_questions: int = 60
     """Questions of each task during training."""
+    local: str | None = None
+    """Folder with the data sets of the harness's tasks, such as arc_easy/test.jsonl in it; null downloads them."""
+    shots: int | None = None
+    """Worked examples before each question of the harness's tasks; null is their own number."""
 
     def __post_init__(self) -> None:
         for name in ("tasks", "sample_prompts", "during"):
@@ -245,6 +249,7 @@ class EvaluateConfig:
         check_choices(self)
         need(self.questions is None or self.questions >= 1, f"questions={self.questions}: must be at least 1")
         need(self.during_questions >= 1, f"during_questions={self.during_questions}: must be at least 1")
+        need(self.shots is None or self.shots >= 0, f"shots={self.shots}: must not be negative")
         need(all(self.sample_prompts), "sample_prompts: an empty prompt gives nothing to go on from")
 
 

@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 import tests.harness_rows as rows  # noqa: E402
 from minimoe.checkpoint import Run  # noqa: E402
+from minimoe.cli import main  # noqa: E402
 from minimoe.config import Config, DataConfig, ModelConfig  # noqa: E402
 from minimoe.data.tokenizer import Tokenizer  # noqa: E402
 from minimoe.evaluate import run_code  # noqa: E402
@@ -31,7 +32,8 @@ from minimoe.model import MoETransformer  # noqa: E402
 from minimoe.settings import ConfigError  # noqa: E402
 
 CHOICE = ["arc_easy", "arc_challenge", "mmlu", "hellaswag", "winogrande"]
-TEXT = (Path(rows.__file__).read_text(encoding="utf-8") + Path(__file__).read_text(encoding="utf-8")) * 2
+WORDS = [*rows.NOUNS, "for i in", "x =", "é", "the\n", "of", "(1, 2)", "\n\n", "a:"]
+TEXT = " ".join(random.Random(0).choices(WORDS, k=4000))
 JINJA = ("{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}{{ m.content }}<|end|>{% endfor %}"
          "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
@@ -154,6 +156,8 @@ def test_what_cannot_be_done_is_one_line(data, tmp_path, monkeypatch):
         (dict(tasks=["humaneval"], local=folder), "humaneval: runs programs .* say --allow-code"),
         (dict(tasks=["arc_easy"], local=tmp_path), r"arc_easy: no test\.jsonl or test\*\.parquet in .*arc_easy or .*ARC-Easy"),
         (dict(tasks=["mmlu", "arc_easy"], local=tmp_path), "mmlu_abstract_algebra: no test.jsonl"),
+        (dict(tasks=["arc_easy"], download=False), "arc_easy: nothing is downloaded here"),
+        (dict(tasks=["arc_easy"], local=folder, limit=0), "limit=0"),
         (dict(tasks=["arc_easy"]), "arc_easy: its data cannot be had .* give --local FOLDER"),
     ]
     (tmp_path / "gsm8k").mkdir()
@@ -171,6 +175,20 @@ def test_what_cannot_be_done_is_one_line(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(ConfigError, match=r"pip install minimoe\[eval\]"):
         run_harness(model, ["arc_easy"])
+
+
+def test_the_command(data, capsys):
+    asked = ["evaluate", "shipped", "--local", str(data[0]), "--limit", "4", "--tasks"]
+    assert main([*asked, "arc_easy,perplexity", "gsm8k", "--text", "The for statement."]) == 0
+    out, err = capsys.readouterr()
+    tasks = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
+    assert [*dict.fromkeys(tasks[2:])] == ["perplexity", "arc_easy", "gsm8k"] and "it/s" not in err
+    for tasks, message in (("humaneval", "say --allow-code"), ("perplexty", "did you mean 'perplexity'")):
+        assert main([*asked, tasks]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*asked, "humaneval", "--allow-code"]) == 0
+    out, err = capsys.readouterr()
+    assert "| pass@1 | 0.000 |" in out and "runs the programs that the model writes" in err
 
 
 @pytest.mark.slow
@@ -296,14 +314,18 @@ def test_contexts_of_which_the_harness_leaves_no_token(tiny):
 def test_writing_stops_and_goes_past_the_window(tiny):
     from lm_eval.api.instance import Instance
 
-    def write(context, **options):
-        (text,) = RunModel(tiny).generate_until([Instance("generate_until", {}, (context, options), 0)])
-        return text
+    endless = Tokenizer.from_text(tiny.tokenizer.inner.to_str())
+    endless.end_of_text = None
+
+    def write(context, tokenizer=endless, **options):
+        ask = Instance("generate_until", {}, (context, options), 0)
+        return RunModel(replace(tiny, tokenizer=tokenizer)).generate_until([ask])[0]
 
     text = write(TEXT, max_gen_toks=150, until=[])
-    assert len(tiny.tokenizer.encode(text)) > 96                # longer than what it reads at once
+    assert len(endless.encode(text)) > 96                       # longer than what it reads at once
     stop = text[10:14]
     assert write(TEXT, max_gen_toks=150, until=["", stop]) == text[:text.index(stop)]
+    assert write("", tokenizer=tiny.tokenizer, max_gen_toks=3, until=[])
     assert write(TEXT, max_gen_toks=30, do_sample=True, temperature=1.0, until=[]) != write(TEXT, max_gen_toks=30, until=[])
 
 

@@ -19,12 +19,21 @@ class EvaluateArgs:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Run folders, or "shipped"; several are compared. Default the newest under runs/, else the shipped one."""
     tasks: tuple[str, ...] = ()
-    """Names, or file.py:function for benchmarks of your own; separated by spaces or commas. Default the run's own tasks, else
-    all that need no other data."""
+    """Names, also those of lm-evaluation-harness (arc_easy, arc_challenge, mmlu, hellaswag, winogrande, gsm8k, humaneval …), or
+    file.py:function for benchmarks of your own; separated by spaces or commas. Default the run's own tasks, else all that
+    need no other data."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Ask a tenth of the questions: enough to see that all works, too few to tell much."""
-    questions: int | None = None
-    """Questions of each task; default the run's own, else 600."""
+    questions: Annotated[int | None, tyro.conf.arg(aliases=("--limit",))] = None
+    """Questions of each task; default the run's own, else 600, and of the harness's tasks all."""
+    local: str | None = None
+    """Folder with the data sets of the harness's tasks (arc_easy/test.jsonl, mmlu/anatomy/test.parquet, or copies of their
+    repositories), from which alone they are read; default the run's own, else they are downloaded."""
+    shots: int | None = None
+    """Worked examples before each question of the harness's tasks; default the run's own, else what the task says."""
+    allow_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Let humaneval and its like run the programs that the model writes: within limits of time and memory, but with your
+    files and network in reach."""
     seed: int = 0
     """Seed of the questions and of the intervals."""
     text: str | None = None
@@ -54,6 +63,7 @@ def evaluate(argv: list[str]) -> None:
     tasks = [name for words in args.tasks for name in words.split(",") if name] or None
     for folder, run in zip(folders, runs):
         results = evaluate(run, tasks, quick=args.quick, seed=args.seed, questions=args.questions, text=text,
+                           local=args.local, shots=args.shots, allow_code=args.allow_code,
                            say=lambda line: print(line, file=sys.stderr))
         print(f"{folder}\n\n{table(results)}")
 

@@ -17,12 +17,14 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from minimoe.evaluate.results import Result, Scores
 from minimoe.evaluate.run_code import SECONDS, CodeEval
@@ -45,11 +47,12 @@ TIE = 1e-6              # nats: what the order of additions may change
 
 
 def run_harness(run: Run | LM, tasks: Sequence[str], *, limit: int | None = None, local: str | Path | None = None, seed: int = 0,
-                allow_code: bool = False, quick: bool = False, shots: int | None = None) -> list[Result]:
+                allow_code: bool = False, quick: bool = False, shots: int | None = None, download: bool = True) -> list[Result]:
     """The scores of a run (or of any model of the harness) in tasks or groups of the harness, for mmlu its four parts too.
 
     `local` is a folder with the data sets, and then nothing is downloaded: LOCAL/arc_easy/test.jsonl, or a copy of the data
-    set's repository such as LOCAL/ai2_arc/ARC-Easy/test-00000-of-00001.parquet. Without it the harness downloads them.
+    set's repository such as LOCAL/ai2_arc/ARC-Easy/test-00000-of-00001.parquet. Without it the harness downloads them,
+    unless `download` is False.
     `limit` takes the first questions of each task or subject only, `quick` the first 20. `shots` are worked examples before
     each question, where the definition does not fix their number; they are drawn by the harness's own seed, `seed` is that
     of the intervals. Programs that a model wrote are run only with `allow_code`.
@@ -57,6 +60,9 @@ def run_harness(run: Run | LM, tasks: Sequence[str], *, limit: int | None = None
     Chance is one over the number of choices, 0 where the answer is written. Raises ConfigError naming the task and the
     remedy for a task that nobody knows, data that cannot be had, or code that must not run.
     """
+    need((limit is None or limit >= 1) and (shots is None or shots >= 0), f"limit={limit}, shots={shots}: at least 1, and not negative")
+    need(local is not None or download, f"{', '.join(tasks)}: nothing is downloaded here: name the folder that holds the data with "
+                                        "local")
     try:
         from lm_eval.api.model import LM
         from lm_eval.evaluator import evaluate
@@ -97,7 +103,9 @@ def _surroundings() -> Iterator[None]:
     """What the harness needs around it, and undone after it: our way to run programs, its seeds, silence."""
     import datasets
     import evaluate
+    import lm_eval.api.task
 
+    bar = partial(tqdm, disable=None, leave=False)      # one for each of the 57 subjects of mmlu
     load, log, states = evaluate.load, logging.getLogger("lm_eval"), (random.getstate(), np.random.get_state())
     level, bars = log.level, datasets.are_progress_bars_disabled()
     random.seed(0), np.random.seed(1234)                # some tasks shuffle with them; the values are its own
@@ -105,7 +113,7 @@ def _surroundings() -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         with mock.patch.object(evaluate, "load", lambda name, *a, **b: CodeEval() if name == "code_eval" else load(name, *a, **b)), \
-                mock.patch.dict(os.environ, {"HF_ALLOW_CODE_EVAL": "1"}):
+                mock.patch.object(lm_eval.api.task, "tqdm", bar), mock.patch.dict(os.environ, {"HF_ALLOW_CODE_EVAL": "1"}):
             yield
     finally:
         random.setstate(states[0]), np.random.set_state(states[1])

@@ -30,9 +30,11 @@ OWN = (
 
 
 def evaluate(run: Run, tasks: Sequence[str | Benchmark] | None = None, *, quick: bool = False, seed: int = 0,
-             questions: int | None = None, text: str | None = None, say: Callable[[str], None] = lambda line: None) -> list[Result]:
+             questions: int | None = None, text: str | None = None, say: Callable[[str], None] = lambda line: None,
+             local: str | Path | None = None, shots: int | None = None, allow_code: bool = False, download: bool = True) -> list[Result]:
     """The results of a run on some tasks: names, `file.py:function`, or benchmarks; by default all own ones that can be asked
-    of this run, and `say` gets the reason for each that cannot.
+    of this run, and `say` gets the reason for each that cannot. Names that are not known here go to the harness, with
+    `local`, `shots`, `allow_code` and `download` (see `run_harness`).
 
     `quick` asks a tenth of the questions, `questions` a number of them; `text` is measured on instead of the held-out text.
     Raises ConfigError for a task that is unknown, or that this run cannot be asked.
@@ -44,8 +46,15 @@ def evaluate(run: Run, tasks: Sequence[str | Benchmark] | None = None, *, quick:
     need(questions is None or questions >= 1, f"questions={questions}: must be at least 1")
     if text is not None:
         run = with_text(run, text)
-    wanted, results = [find(t) for t in (OWN if tasks is None else tasks)], []
-    need(wanted, "no task is named: " + ", ".join(b.name for b in OWN))
+    theirs = [t for t in tasks or () if in_harness(t)]
+    wanted, results = [find(t) for t in (OWN if tasks is None else tasks) if t not in theirs], []
+    need(wanted or theirs, "no task is named: " + ", ".join(b.name for b in OWN))
+    scores = []
+    if theirs:                  # first: it says at once what data it lacks
+        from minimoe.evaluate.harness import run_harness
+
+        scores = run_harness(run, theirs, limit=questions, quick=quick, seed=seed, local=local or run.config.evaluate.local,
+                             shots=run.config.evaluate.shots if shots is None else shots, allow_code=allow_code, download=download)
     for b in wanted:
         try:
             results += b(run, seed=seed, questions=questions or (b.quick if quick else b.questions))
@@ -53,7 +62,12 @@ def evaluate(run: Run, tasks: Sequence[str | Benchmark] | None = None, *, quick:
             if tasks is not None:
                 raise
             say(f"{b.name}: left out ({error})")
-    return results
+    return results + scores
+
+
+def in_harness(task: str | Benchmark) -> bool:
+    """Whether a task is to be looked for in the harness: a name that is no own one, nor one misspelt."""
+    return isinstance(task, str) and ".py:" not in task and not difflib.get_close_matches(task, [b.name for b in OWN], cutoff=0.9)
 
 
 def find(task: str | Benchmark) -> Benchmark:
