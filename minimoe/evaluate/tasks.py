@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minimoe.config import EvaluateConfig
 from minimoe.evaluate.benchmark import Benchmark
 from minimoe.evaluate.choices import continuation, next_word
 from minimoe.evaluate.results import Result
@@ -31,8 +32,8 @@ OWN = (
 
 def evaluate(run: Run, tasks: Sequence[str | Benchmark] | None = None, *, quick: bool = False, seed: int = 0,
              questions: int | None = None, text: str | None = None, say: Callable[[str], None] = lambda line: None) -> list[Result]:
-    """The results of a run on some tasks: names, `file.py:function`, or benchmarks; by default all own ones that can be asked
-    of this run, and `say` gets the reason for each that cannot.
+    """The results of a run on some tasks: names, `file.py:function`, or benchmarks; by default those of its config, else all own
+    ones that can be asked of this run, and `say` gets the reason for each that cannot.
 
     `quick` asks a tenth of the questions, `questions` a number of them; `text` is measured on instead of the held-out text.
     Raises ConfigError for a task that is unknown, or that this run cannot be asked.
@@ -44,16 +45,38 @@ def evaluate(run: Run, tasks: Sequence[str | Benchmark] | None = None, *, quick:
     need(questions is None or questions >= 1, f"questions={questions}: must be at least 1")
     if text is not None:
         run = with_text(run, text)
-    wanted, results = [find(t) for t in (OWN if tasks is None else tasks)], []
-    need(wanted, "no task is named: " + ", ".join(b.name for b in OWN))
-    for b in wanted:
+    cfg, results = run.config.evaluate, []
+    named = tasks if tasks is not None else cfg.tasks or None
+    need(named is None or len(named), "no task is named; known are " + ", ".join(b.name for b in OWN))
+    for b in [find(t) for t in (OWN if named is None else named)]:
         try:
-            results += b(run, seed=seed, questions=questions or (b.quick if quick else b.questions))
+            results += b(run, seed=seed, questions=questions or (b.quick if quick else cfg.questions or b.questions))
         except ValueError as error:
-            if tasks is not None:
+            if named is not None:
                 raise
             say(f"{b.name}: left out ({error})")
     return results
+
+
+def during_training(cfg: EvaluateConfig, seed: int = 0) -> Callable[[Run, int], dict] | None:
+    """What `Trainer` takes as `evaluate_with`: a few questions of each task in `during`, always the same ones; None where there
+    is none. ConfigError for a task that is unknown, or that needs data from elsewhere.
+
+    >>> during_training(EvaluateConfig()) is None
+    True
+    """
+    tasks = [find(t) for t in cfg.during]
+    for b in tasks:
+        need(b.local, f"during: {b.name} may need data from elsewhere, which training never fetches; measure it with minimoe evaluate")
+
+    def measure(run: Run, step: int) -> dict:
+        found: dict[str, dict] = {}
+        for r in evaluate(run, tasks, seed=seed, questions=cfg.during_questions):
+            numbers = {"value": r.value, "low": r.low, "high": r.high, "chance": r.chance}
+            found.setdefault(r.task, {})[r.metric] = {k: round(v, 5) for k, v in numbers.items() if v is not None}
+        return found
+
+    return measure if tasks else None
 
 
 def find(task: str | Benchmark) -> Benchmark:
