@@ -293,7 +293,7 @@ def differences(a: Config, b: Config) -> list[str]:
     >>> differences(Config(), Config(train=TrainConfig(steps=7, device="cpu")))
     ['steps was 500, is 7']
     """
-    free = ("device", "parallel", "init", "workers", "pin_memory", "log_level", "tensorboard", "wandb", "wandb_project", "wandb_name")
+    free = ("device", "parallel", "init", "local", "workers", "pin_memory", "log_level", "tensorboard", "wandb", "wandb_project", "wandb_name")
     pairs = [(name, old, new) for section, values in to_dict(a).items() for name, old in values.items()
              if section != "evaluate" and (new := to_dict(b)[section][name]) != old and name not in free]
     return [f"{name} was {_spell(old)}, is {_spell(new)}" for name, old, new in pairs]

@@ -288,7 +288,8 @@ def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tupl
 
 def train_from_config(config: Config, out: str | Path | None = None, *, resume: bool = False, stop_after: int | None = None,
                       progress: bool = True, say: Callable[[str], None] = lambda line: None,
-                      samples: Iterable[str] = (), from_step: int | None = None) -> Run:
+                      samples: Iterable[str] = (), from_step: int | None = None,
+                      evaluate_with: Callable[[Run, int], dict] | None = None) -> Run:
     """Everything that `minimoe train` does: data, tokenizer, a model from the seed, training, samples."""
     tune_cpu()
     ranks = parallel.start(config.train, config.model)
@@ -307,7 +308,7 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=found))
     torch.manual_seed(config.train.seed)
     trainer = Trainer(MoETransformer(config.model), config.train, data, out=out, generate=config.generate,
-                      progress=progress)
+                      progress=progress, evaluate_with=evaluate_with)
     trainer.config = dataclasses.replace(config, train=trainer.config.train)
     cfg = trainer.cfg
     trainer.notes.append(data.mixture.describe(cfg.steps * cfg.batch_size * cfg.accumulate * trainer.seq_len))

@@ -22,9 +22,9 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 import tests.harness_rows as rows  # noqa: E402
 from minimoe.checkpoint import Run  # noqa: E402
 from minimoe.cli import main  # noqa: E402
-from minimoe.config import Config, DataConfig, ModelConfig  # noqa: E402
+from minimoe.config import Config, DataConfig, EvaluateConfig, ModelConfig  # noqa: E402
 from minimoe.data.tokenizer import Tokenizer  # noqa: E402
-from minimoe.evaluate import run_code  # noqa: E402
+from minimoe.evaluate import during_training, run_code  # noqa: E402
 from minimoe.evaluate.harness import HOMES, run_harness  # noqa: E402
 from minimoe.evaluate.harness_model import RunModel  # noqa: E402
 from minimoe.hub import save_hf  # noqa: E402
@@ -156,7 +156,7 @@ def test_what_cannot_be_done_is_one_line(data, tmp_path, monkeypatch):
         (dict(tasks=["humaneval"], local=folder), "humaneval: runs programs .* say --allow-code"),
         (dict(tasks=["arc_easy"], local=tmp_path), r"arc_easy: no test\.jsonl or test\*\.parquet in .*arc_easy or .*ARC-Easy"),
         (dict(tasks=["mmlu", "arc_easy"], local=tmp_path), "mmlu_abstract_algebra: no test.jsonl"),
-        (dict(tasks=["arc_easy"], download=False), "arc_easy: nothing is downloaded here"),
+        (dict(tasks=["arc_easy"], download=False), "arc_easy: nothing is downloaded during training"),
         (dict(tasks=["arc_easy"], local=folder, limit=0), "limit=0"),
         (dict(tasks=["arc_easy"]), "arc_easy: its data cannot be had .* give --local FOLDER"),
     ]
@@ -172,7 +172,7 @@ def test_what_cannot_be_done_is_one_line(data, tmp_path, monkeypatch):
             run_harness(model, **arguments)
         assert "\n" not in str(caught.value)
     assert not model.asked
-    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     with pytest.raises(ConfigError, match=r"pip install minimoe\[eval\]"):
         run_harness(model, ["arc_easy"])
 
@@ -189,6 +189,18 @@ def test_the_command(data, capsys):
     assert main([*asked, "humaneval", "--allow-code"]) == 0
     out, err = capsys.readouterr()
     assert "| pass@1 | 0.000 |" in out and "runs the programs that the model writes" in err
+
+
+def test_quick_looks_during_training(data, tiny):
+    """The harness's tasks beside own ones, of local data only; what is missing is said before the first step."""
+    run = replace(tiny, config=replace(tiny.config, evaluate=EvaluateConfig(
+        during=("winogrande", "arithmetic_choice"), during_questions=8, local=str(data[0]))))
+    row = during_training(run.config.evaluate)(run, 5)
+    assert row["winogrande"]["acc"]["chance"] == 0.5 and "arithmetic_choice" in row
+    for cfg, message in ((EvaluateConfig(during=("winogrande",)), "name the folder"), (EvaluateConfig(during=("humaneval",), local=str(data[0])), "runs programs"),
+                         (EvaluateConfig(during=("winogrande",), local="nowhere"), "no validation.jsonl")):
+        with pytest.raises(ConfigError, match=message):
+            during_training(cfg)
 
 
 @pytest.mark.slow
@@ -299,6 +311,10 @@ def test_conversations_are_asked_in_their_template(data, tiny, tmp_path):
     other = hf(tiny, tmp_path / "hf")
     other.tokenizer.chat_template, other.chats = JINJA, True
     assert run_harness(other, ["arc_easy"], local=data[0], limit=12) == ours
+
+
+def test_a_task_named_twice_is_two_scores(data):
+    assert len(run_harness(guesses(), ["mmlu_virology", "mmlu_virology", "mmlu_stem"], local=data[0])) == 2
 
 
 def test_contexts_of_which_the_harness_leaves_no_token(tiny):

@@ -40,6 +40,10 @@ class EvaluateArgs:
     """Measure on this text instead of the held-out one."""
     text_file: Path | None = None
     """Measure on the text of this file instead of the held-out one."""
+    report: Path | None = None
+    """Markdown file to write, its figures and numbers beside it; default RUN/reports/<date>.md, never written over."""
+    section: tuple[str, ...] = ()
+    """Further sections of the report: file.py:function, which gets the run and its results and gives Markdown."""
     device: str = "cpu"
     """cpu, cuda, cuda:N or mps."""
     step: int | None = None
@@ -49,23 +53,28 @@ class EvaluateArgs:
 def evaluate(argv: list[str]) -> None:
     """Measure what a model can do: minimoe evaluate runs/pydocs --report report.md"""
     args = parse(EvaluateArgs, argv, "evaluate")
-    from minimoe.checkpoint import load
+    from minimoe.checkpoint import SHIPPED, load
     from minimoe.device import choose, tune_cpu
-    from minimoe.evaluate import evaluate
-    from minimoe.evaluate.results import table
+    from minimoe.evaluate import comparison, evaluate, from_file, table, with_text, write_report
 
     need(args.questions is None or args.questions >= 1, f"--questions {args.questions}: must be at least 1")
+    sections = [from_file(s) for s in args.section]
+    need(all(map(callable, sections)), f"--section {' '.join(args.section)}: must name functions")
     tune_cpu()
     folders, text = args.runs or (newest_run(),), _text(args)
     runs = [load(folder, str(choose(args.device, "float32").device), args.step) for folder in folders]
     if not args.runs:
         print(f"using {folders[0]}", file=sys.stderr)
+    if text is not None:
+        runs = [with_text(run, text, "the text of --text" if args.text_file is None else args.text_file.name) for run in runs]
     tasks = [name for words in args.tasks for name in words.split(",") if name] or None
-    for folder, run in zip(folders, runs):
-        results = evaluate(run, tasks, quick=args.quick, seed=args.seed, questions=args.questions, text=text,
-                           local=args.local, shots=args.shots, allow_code=args.allow_code,
-                           say=lambda line: print(line, file=sys.stderr))
-        print(f"{folder}\n\n{table(results)}")
+    results = [evaluate(run, tasks, quick=args.quick, seed=args.seed, questions=args.questions, local=args.local,
+                        shots=args.shots, allow_code=args.allow_code, say=lambda line: print(line, file=sys.stderr)) for run in runs]
+    print(table(results[0]) if len(runs) == 1 else comparison([*zip(folders, results)]))
+    if args.report is None and runs[0].folder == SHIPPED:
+        print("no report: the shipped run lies in the package, where none is written; name one with --report", file=sys.stderr)
+        return
+    print(f"report: {write_report(runs, results, args.report, sections=sections, seed=args.seed)}")
 
 
 def _text(args: EvaluateArgs) -> str | None:

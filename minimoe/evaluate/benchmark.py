@@ -25,7 +25,7 @@ class Measured:
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """A task by name. `function(run, rng, n)` scores about `n` items, drawn with `rng`, and gives one number for each, or
-    `Measured`."""
+    `Measured`. `local` says that it never fetches anything, so that it can be asked during training."""
 
     name: str
     function: Callable[[Run, random.Random, int], object]
@@ -34,6 +34,7 @@ class Benchmark:
     better: Literal["higher", "lower"] = "higher"
     questions: int = 600
     quick: int = 60
+    local: bool = True
 
     def __call__(self, run: Run, *, seed: int = 0, questions: int | None = None) -> list[Result]:
         """The results on a run; the same seed asks the same questions."""

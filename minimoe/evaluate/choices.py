@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from minimoe.checkpoint import Run
 
 GROUP = 4               # questions that share their answers, and answers of a question
-BEFORE = 200            # characters of context
+BEFORE, NEAR = 200, 20  # characters of context at most, and at least
 AFTER = 40              # characters of a continuation, at least
-TRIES = 50              # draws for each group, until the text is held to be too short
+TRIES = 50              # draws for each question, until the text is held to be too short
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def next_word(run: Run, rng: random.Random, n: int) -> Measured:
     for key, documents in _by_domain(run).items():
         for d in documents:
             for found in re.finditer(r"(?<=[ \n])[^\W\d_]{3,}\b", d.text):
-                cuts.setdefault((*key, len(found[0])), []).append((d.text, found.start()))
+                if found.start() >= NEAR:
+                    cuts.setdefault((*key, len(found[0])), []).append((d.text, found.start()))
     return choice_scores(run, _from_cuts(cuts, _word, rng, n), "words of three letters or more in the held-out text after 200 "
                          "characters; the wrong answers have as many letters and stand elsewhere in the same domain")
 
@@ -106,7 +108,7 @@ def _starts(text: str) -> Iterator[int]:
     """Where words begin that have some text before them and enough after them, so far apart that no passage is in another."""
     last = 0
     for found in re.finditer(r"(?<=\s)\S", text):
-        if max(20, last + 2 * AFTER) <= found.start() < len(text) - AFTER:
+        if max(NEAR, last + 2 * AFTER) <= found.start() < len(text) - AFTER:
             last = found.start()
             yield last
 
@@ -134,7 +136,9 @@ def _from_cuts(cuts: dict[tuple, list[tuple[str, int]]], answer: Callable[[str, 
         taken = [places.pop() for _ in range(GROUP)]
         contexts, answers = [_before(*cut) for cut in taken], [answer(*cut) for cut in taken]
         apart = all(a is not b or abs(i - j) > BEFORE + 2 * AFTER for (a, i), (b, j) in itertools.combinations(taken, 2))
-        if apart and len(set(answers)) == len(set(contexts)) == GROUP:
+        # text does not say a word twice running, and a model that only repeats would find the wrong answers by that
+        echo = {(_WORD.findall(c) or [""])[-1] for c in contexts} & {_WORD.match(a)[0] for a in answers}
+        if apart and not echo and len(set(answers)) == len(set(contexts)) == GROUP:
             questions += group(contexts, answers)
     need(questions, "the held-out text repeats itself too much for questions about it: give another with --text-file, or text=")
     return questions[:n - n % GROUP or GROUP]

@@ -60,33 +60,15 @@ def run_harness(run: Run | LM, tasks: Sequence[str], *, limit: int | None = None
     Chance is one over the number of choices, 0 where the answer is written. Raises ConfigError naming the task and the
     remedy for a task that nobody knows, data that cannot be had, or code that must not run.
     """
-    need((limit is None or limit >= 1) and (shots is None or shots >= 0), f"limit={limit}, shots={shots}: at least 1, and not negative")
-    need(local is not None or download, f"{', '.join(tasks)}: nothing is downloaded here: name the folder that holds the data with "
-                                        "local")
-    try:
+    need(limit is None or limit >= 1, f"limit={limit}: must be at least 1")
+    with _prepared(tasks, local, shots, allow_code, download) as loaded:
         from lm_eval.api.model import LM
         from lm_eval.evaluator import evaluate
 
         from minimoe.evaluate.harness_model import RunModel
-    except ImportError as error:
-        raise ConfigError(f"{', '.join(tasks)}: the harness needs {error.name}: pip install minimoe[eval]") from None
-    model = run if isinstance(run, LM) else RunModel(run, seed=seed)
-    chats = bool(getattr(model, "chats", False))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, _surroundings():
-        manager, loaded = _manager(tasks), {}
-        for name in tasks:                      # all of them before the first is asked: what is missing shows at once
-            for leaf in _leaves(manager.task_index, name):
-                entry = manager.task_index[leaf]
-                if entry.cfg.get("unsafe_code") and not allow_code:
-                    raise ConfigError(f"{leaf}: runs programs that the model writes; if you want that on this machine, say "
-                                      "--allow-code")
-                if local is not None:
-                    changed = _from_folder(leaf, entry.cfg, Path(local), shots)
-                    changed["dataset_kwargs"]["cache_dir"] = temporary
-                    text = json.dumps({"include": str(entry.yaml_path), "task": leaf, **changed})
-                    entry.yaml_path = Path(temporary) / f"{leaf}.yaml"
-                    entry.yaml_path.write_text(text, encoding="utf-8")
-            loaded[name] = _load(manager, name, shots)
+
+        model = run if isinstance(run, LM) else RunModel(run, seed=seed)
+        chats = bool(getattr(model, "chats", False))
         results, limit = [], limit or (QUICK if quick else None)
         for name, found in loaded.items():
             if any(getattr(task, "UNSAFE_CODE", False) for task in found["tasks"].values()):
@@ -96,6 +78,41 @@ def run_harness(run: Run | LM, tasks: Sequence[str], *, limit: int | None = None
                            apply_chat_template=chats, fewshot_as_multiturn=chats, confirm_run_unsafe_code=allow_code)
             results += _results(out, found, seed, limit)
     return results
+
+
+def check_harness(tasks: Sequence[str], *, local: str | Path | None, shots: int | None = None, download: bool = True) -> None:
+    """Raises now what `run_harness` would raise later."""
+    with _prepared(tasks, local, shots, False, download):
+        pass
+
+
+@contextlib.contextmanager
+def _prepared(tasks: Sequence[str], local: str | Path | None, shots: int | None, allow_code: bool, download: bool) -> Iterator[dict]:
+    """The harness's tasks with their data, by the names that were asked for, and what it needs around it. All of them before
+    the first is asked: what is missing shows at once."""
+    need(shots is None or shots >= 0, f"shots={shots}: must not be negative")
+    need(local is not None or download, f"{', '.join(tasks)}: nothing is downloaded during training: name the folder that holds the "
+                                        "data with local")
+    try:
+        import lm_eval.evaluator  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{', '.join(tasks)}: the harness needs {error.name}: pip install minimoe[eval]") from None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, _surroundings():
+        manager, loaded = _manager(tasks), {}
+        for name in tasks:
+            for leaf in _leaves(manager.task_index, name):
+                entry = manager.task_index[leaf]
+                if entry.cfg.get("unsafe_code") and not allow_code:
+                    raise ConfigError(f"{leaf}: runs programs that the model writes; if you want that on this machine, say "
+                                      "--allow-code")
+                if local is not None and entry.yaml_path.parent != Path(temporary):
+                    changed = _from_folder(leaf, entry.cfg, Path(local), shots)
+                    changed["dataset_kwargs"]["cache_dir"] = temporary
+                    text = json.dumps({"include": str(entry.yaml_path), "task": leaf, **changed})
+                    entry.yaml_path = Path(temporary) / f"{leaf}.yaml"
+                    entry.yaml_path.write_text(text, encoding="utf-8")
+            loaded[name] = _load(manager, name, shots)
+        yield loaded
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def held_out(run: Run) -> tuple[Corpus, ...]:
                                                if r["held_out"] and r["corpus"] == name)) for name in names)
     else:
         corpora = load_data(run.config.data, tokenizer_of(run)).corpora
-    corpora = tuple(c for c in corpora if c.held_out)
+    run.corpora = corpora = tuple(Corpus(c.name, (), c.held_out) for c in corpora if c.held_out)      # read once
     need(corpora, f"{run.folder or 'this run'}: no held-out text: give one with --text-file, or text=")
     return corpora
 
