@@ -1,5 +1,5 @@
 """The Language Model Evaluation Harness on runs: its own tasks offline on rows in the real formats, models that know and that
-guess, the same scores as through transformers, and programs run within limits."""
+guess, the same scores as through transformers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from minimoe.checkpoint import Run  # noqa: E402
 from minimoe.cli import main  # noqa: E402
 from minimoe.config import Config, DataConfig, EvaluateConfig, ModelConfig  # noqa: E402
 from minimoe.data.tokenizer import Tokenizer  # noqa: E402
-from minimoe.evaluate import during_training, run_code  # noqa: E402
+from minimoe.evaluate import during_training  # noqa: E402
 from minimoe.evaluate.harness import HOMES, run_harness  # noqa: E402
 from minimoe.evaluate.harness_model import RunModel  # noqa: E402
 from minimoe.hub import save_hf  # noqa: E402
@@ -313,7 +313,7 @@ def test_conversations_are_asked_in_their_template(data, tiny, tmp_path):
     assert run_harness(other, ["arc_easy"], local=data[0], limit=12) == ours
 
 
-def test_a_task_named_twice_is_two_scores(data):
+def test_a_task_named_twice_is_asked_once(data):
     assert len(run_harness(guesses(), ["mmlu_virology", "mmlu_virology", "mmlu_stem"], local=data[0])) == 2
 
 
@@ -343,17 +343,3 @@ def test_writing_stops_and_goes_past_the_window(tiny):
     assert write(TEXT, max_gen_toks=150, until=["", stop]) == text[:text.index(stop)]
     assert write("", tokenizer=tiny.tokenizer, max_gen_toks=3, until=[])
     assert write(TEXT, max_gen_toks=30, do_sample=True, temperature=1.0, until=[]) != write(TEXT, max_gen_toks=30, until=[])
-
-
-def test_programs_run_within_limits(monkeypatch):
-    for program in ("import os; os._exit(0)", "open('a', 'w').write('x' * 10**7)", "import subprocess", "import os; os.fork()", "input()",
-                    "x = [0] * 10**10", "a = '\ud800'; assert 0"):
-        assert not run_code.passes(program), program
-    assert run_code.passes("import os, tempfile; assert len(os.environ) < 9; print('x' * 10**6); open('a', 'w').write('é')")
-    monkeypatch.setattr(run_code, "GUARD", run_code.GUARD.replace(f'"CPU", {run_code.SECONDS}', '"CPU", 1'))
-    assert not run_code.passes("while True: pass")
-    monkeypatch.setattr(run_code, "WAIT", 0.5)
-    assert not run_code.passes("import time; time.sleep(60)")
-    monkeypatch.undo()
-    assert run_code.CodeEval().compute(["assert f()"] * 2, [["f = int"] * 3 + ["f = lambda: 1"], ["f = lambda: 1"] * 4], k=[1, 2, 10]) == (
-        {"pass@1": (1 / 4 + 1) / 2, "pass@2": (1 / 2 + 1) / 2}, [[False] * 3 + [True], [True] * 4])
