@@ -50,6 +50,8 @@ def choice_scores(run: Run, questions: Sequence[Question], note: str = "") -> Me
     nats = iter([logprob_A.double().sum().item() for logprob_A, _ in token_scores(run.model, pairs)])
     sums = [[next(nats) for _ in q.answers] for q in questions]
     norms = [[s / len(a) for s, a in zip(row, q.answers)] for row, q in zip(sums, questions)]
+    if all(len({*map(len, q.answers)}) == 1 for q in questions):
+        note = "; ".join(filter(None, [note, "all answers of a question have as many characters, so acc_norm is the accuracy"]))
     chance = float(np.mean([1 / len(q.answers) for q in questions]))
     samples = [{"context": q.context, "answers": [*q.answers], "right": q.right, "chosen": int(np.argmax(row))}
                for q, row in zip(questions[:5], sums)]

@@ -106,7 +106,7 @@ def load_map(shares: dict[str, list[list[float]]], layers: Sequence[int]) -> Fig
                 body.append(f'<rect data-expert="{i}" data-load="{share:.4f}" x="{left + i * cell:.1f}" y="{y}" width="{cell - 1:.1f}" '
                             f'height="17" fill="{mix(PALETTE[0], 0.05 + 0.75 * strength)}"/>')
                 if cell >= 34:
-                    body.append(words(left + (i + 0.5) * cell, y + 13, f"{share:.0%}", PAPER if strength > 0.7 else INK, 11, "middle"))
+                    body.append(words(left + (i + 0.5) * cell, y + 13, f"{share:.0%}", INK, 11, "middle"))
             y += ROW
         y += 10
         load = shares["all"][number_]

@@ -166,9 +166,10 @@ def comparison(runs: Sequence[tuple[str, Sequence[Result]]]) -> str:
     found = [{(r.task, r.metric): r for r in results} for _, results in runs]
     rows = []
     for key in dict.fromkeys(key for results in found for key in results):
-        first = next(results[key] for results in found if key in results)
+        here = [results[key] for results in found if key in results]
+        each = [" / ".join(dict.fromkeys(values)) for values in ([number(r.chance) for r in here], [f"{r.n:,}" for r in here])]
         cells = [f"{number(r.value)} ({span(r)})" if (r := results.get(key)) and span(r) else number(r.value) if r else "" for results in found]
-        rows.append([*key, number(first.chance), f"{first.n:,}", *cells])
+        rows.append([*key, *each, *cells])
     return markdown(["task", "metric", "chance", "n", *(name for name, _ in runs)], rows, right=(2, 3))
 
 
