@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minimoe.config import Config, ModelConfig, load_config, save_config
+from minimoe.data.held_out import Corpus
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
 from minimoe.generate import generate, stream
@@ -43,6 +44,7 @@ class Run:
     config: Config
     folder: Path | None = None
     rows: list[dict] | None = field(default=None, repr=False)
+    corpora: tuple[Corpus, ...] | None = field(default=None, repr=False)       # the text beside which it was trained
 
     def generate(self, text: str | list[str], max_new_tokens: int | None = None, **options: object) -> str | list[str]:
         """The text that the model writes after `text`, or after each of a list, all together. Options: temperature, top_k,

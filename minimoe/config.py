@@ -224,17 +224,48 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured, saved with the run."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks of minimoe evaluate or of the harness, by name or as file.py:function; none named, all that need no other data."""
+    questions: int | None = None
+    """Questions of each task; null is each task's own number."""
+    sample_prompts: tuple[str, ...] = ()
+    """Beginnings, or for a chat questions, after which samples are written; none given, held-out documents begin them."""
+    during: tuple[str, ...] = ()
+    """Tasks to measure at every look at the held-out text too, of local data only; any named, all tasks are measured at the end."""
+    during_questions: int = 60
+    """Questions of each task during training."""
+    local: str | None = None
+    """Folder with the data sets of the harness's tasks, such as arc_easy/test.jsonl in it; null downloads them."""
+    shots: int | None = None
+    """Worked examples before each question of the harness's tasks; null is their own number."""
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "sample_prompts", "during"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else value)
+        check_choices(self)
+        need(self.questions is None or self.questions >= 1, f"questions={self.questions}: must be at least 1")
+        need(self.during_questions >= 1, f"during_questions={self.during_questions}: must be at least 1")
+        need(self.shots is None or self.shots >= 0, f"shots={self.shots}: must not be negative")
+        need(all(self.sample_prompts), "sample_prompts: an empty prompt gives nothing to go on from")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run: the four sections of a YAML file."""
+    """A whole run: the five sections of a YAML file."""
 
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
     generate: GenerateConfig = GenerateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
 def load_config(path: str | Path) -> Config:
-    """Reads a YAML file with the sections model, train, data and generate; errors name the file and the key."""
+    """Reads a YAML file with the sections model, train, data, generate and evaluate; errors name the file and the key."""
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -262,9 +293,9 @@ def differences(a: Config, b: Config) -> list[str]:
     >>> differences(Config(), Config(train=TrainConfig(steps=7, device="cpu")))
     ['steps was 500, is 7']
     """
-    free = ("device", "parallel", "init", "workers", "pin_memory", "log_level", "tensorboard", "wandb", "wandb_project", "wandb_name")
+    free = ("device", "parallel", "init", "local", "workers", "pin_memory", "log_level", "tensorboard", "wandb", "wandb_project", "wandb_name")
     pairs = [(name, old, new) for section, values in to_dict(a).items() for name, old in values.items()
-             if (new := to_dict(b)[section][name]) != old and name not in free]
+             if section != "evaluate" and (new := to_dict(b)[section][name]) != old and name not in free]
     return [f"{name} was {_spell(old)}, is {_spell(new)}" for name, old, new in pairs]
 
 

@@ -141,7 +141,8 @@ class Trainer:
             (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
 
     def _run(self) -> Run:
-        return Run(lora.merged(self.ranks.gather(self.model)).eval(), self.tokenizer, self.config, self.out, self.rows)
+        return Run(lora.merged(self.ranks.gather(self.model)).eval(), self.tokenizer, self.config, self.out, self.rows,
+                   getattr(self.data, "corpora", None))
 
     def _one_step(self, bar: tqdm) -> None:
         cfg, started = self.cfg, time.perf_counter()
@@ -300,7 +301,8 @@ def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tupl
 
 def train_from_config(config: Config, out: str | Path | None = None, *, resume: bool = False, stop_after: int | None = None,
                       progress: bool = True, say: Callable[[str], None] | None = None,
-                      samples: Iterable[str] = (), from_step: int | None = None) -> Run:
+                      samples: Iterable[str] = (), from_step: int | None = None,
+                      evaluate_with: Callable[[Run, int], dict] | None = None) -> Run:
     """Everything that `minimoe train` does: data, tokenizer, a model from the seed, training, samples."""
     tune_cpu()
     ranks = parallel.start(config.train, config.model)
@@ -323,7 +325,7 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=found))
     torch.manual_seed(config.train.seed)
     trainer = Trainer(MoETransformer(config.model), config.train, data, out=out, generate=config.generate,
-                      progress=progress)
+                      progress=progress, evaluate_with=evaluate_with)
     trainer.config = dataclasses.replace(config, train=trainer.config.train)
     cfg = trainer.cfg
     trainer.notes.append(data.mixture.describe(cfg.steps * cfg.batch_size * cfg.accumulate * trainer.seq_len))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from minimoe.cli.comparing import compare
 from minimoe.cli.convert import export, import_folder
 from minimoe.cli.data import data
+from minimoe.cli.evaluating import evaluate
 from minimoe.cli.exploring import explore
 from minimoe.cli.training import train
 from minimoe.cli.using import doctor, generate, info
@@ -19,8 +20,8 @@ from minimoe.settings import ConfigError
 from minimoe.track import colored
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "generate": generate, "explore": explore, "doctor": doctor, "info": info, "import": import_folder, "export": export,
-    "compare": compare, "data": data}
+    "train": train, "compare": compare, "generate": generate, "evaluate": evaluate, "explore": explore, "data": data,
+    "import": import_folder, "export": export, "info": info, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -50,18 +50,23 @@ def train(argv: list[str]) -> None:
     out = args.out or Path("runs") / (args.config.stem if args.config else "train")
     if is_main() and (out.is_file() or out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume)):
         raise ConfigError(f"{out} exists already: name another --out, go on with --resume, or give --overwrite")
+    from minimoe.checkpoint import load
+    from minimoe.evaluate import during_training, evaluate, table
     from minimoe.parallel import finish
     from minimoe.trainer import train_from_config
 
+    evaluate_with = during_training(args.settings.evaluate)
     with watch():
         run = train_from_config(args.settings, out, resume=args.resume, stop_after=args.stop_after, say=print,
-                                samples=SAMPLE_PROMPTS, from_step=args.step)
+                                samples=SAMPLE_PROMPTS, from_step=args.step, evaluate_with=evaluate_with)
     finish()
     if not is_main():
         return
     rows = run.metrics()
     if args.plot:
         print(f"drawn in {run.plot().save(out / 'plot.svg')}")
+    if evaluate_with and rows and rows[-1]["step"] == run.config.train.steps:
+        print("\n" + table(evaluate(load(out), say=print)))       # the weights that are kept
     if rows:
         print(f"{rows[-1]['tokens']:,} tokens in {rows[-1]['seconds']:.0f} s of training; saved {out}\n"
               f'next: minimoe generate {out} --prompt "The for statement"')
