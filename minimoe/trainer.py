@@ -30,7 +30,7 @@ from minimoe.checkpoint import (
     write_safely,
 )
 from minimoe.config import Config, DataConfig, GenerateConfig, TrainConfig, differences, load_config
-from minimoe.data.loader import TextData, join, load_data, shortened
+from minimoe.data.loader import TextData, load_data, shortened
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
 from minimoe.device import choose, tune_cpu
@@ -41,6 +41,7 @@ from minimoe.measure import held_out_loss
 from minimoe.model import MoETransformer, shape_table
 from minimoe.optimizer import lr_scale, make_optimizer
 from minimoe.settings import ConfigError, need
+from minimoe.start import start_from
 from minimoe.track import Tracker, check_packages, colored, start_over, summary
 
 
@@ -62,17 +63,18 @@ class Trainer:
         self.ranks = parallel.start(train, model.cfg)
         self.choice = choose(train.device, train.dtype, train.threads)
         tune_cpu(train.threads and self.choice.threads)
-        self.data, data_cfg = _as_data(data, tokenizer, model.cfg.vocab_size)
+        self.seq_len = train.seq_len or model.cfg.max_seq_len
+        self.data, data_cfg = _as_data(data, tokenizer, model.cfg.vocab_size, self.seq_len)
         self.tokenizer = getattr(self.data, "tokenizer", tokenizer)
         if self.tokenizer is not None and self.tokenizer.vocab_size > model.cfg.vocab_size:
             raise ConfigError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model's vocab_size is "
                               f"{model.cfg.vocab_size}: raise vocab_size, or leave it null")
-        self.seq_len = train.seq_len or model.cfg.max_seq_len
+        self.seq_len = getattr(self.data, "seq_len", None) or self.seq_len          # conversations say how long they are
         if self.seq_len > model.cfg.max_seq_len:
             raise ConfigError(f"seq_len={self.seq_len} is more than max_seq_len={model.cfg.max_seq_len}")
         text = isinstance(self.data, TextData)
         epoch = self.data.mixture.n_tokens if text else len(self.data) * self.seq_len
-        self.notes = list(self.choice.reasons)          # said at the start, and in train.log
+        self.notes = [*self.choice.reasons, *getattr(self.data, "notes", ())]       # said at the start, and in train.log
         if train.batch_size == "auto":
             most = max(1, epoch // self.seq_len) if epoch else 4096
             size, why = fit_batch_size(model.cfg, train, self.choice, self.seq_len, most)
@@ -89,9 +91,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, train)
         # float16 gradients underflow: the loss is scaled up, and a step whose gradient overflowed is left out
         self.scaler = torch.amp.GradScaler(self.choice.device.type, enabled=self.choice.dtype == torch.float16)
-        corpora = self.data.corpora if text else ()
-        self.held_out = {c.name: (join(c.held_out, self.tokenizer), sum(len(d.text.encode()) for d in c.held_out))
-                         for c in corpora if c.held_out}
+        self.held_out = self.data.held_out() if text else {}
         self.step, self.best, self.seconds, self.rows, self.since = 0, math.inf, 0.0, [], []
 
     def fit(self, *, resume: bool = False, stop_after: int | None = None, from_step: int | None = None) -> Run:
@@ -272,13 +272,13 @@ class Trainer:
             self.on_step(self, row)
 
 
-def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[object, DataConfig]:
+def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int, seq_len: int) -> tuple[object, DataConfig]:
     if isinstance(data, TextData):
         names = [s.name for s in data.mixture.streams]
         return data, data.config or DataConfig(mixture=tuple(names))
     if isinstance(data, (str, DataConfig)):
         cfg = DataConfig(mixture=data, tokenizer_vocab=max(261, vocab_size)) if isinstance(data, str) else data
-        return load_data(cfg, tokenizer), cfg
+        return load_data(cfg, tokenizer, seq_len), cfg
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data):
         return data, DataConfig()
     raise ConfigError(f"data={type(data).__name__}: give a corpus name, a DataConfig, or a dataset with at least one "
@@ -296,17 +296,24 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
     need(from_step is None or goes_on, f"{out}: no checkpoint to go on from, so there is none of step {from_step}")
     if resume and not goes_on:
         say(f"{out}: no complete checkpoint to go on from, so this run starts at step 0")
-    data = load_data(config.data, Tokenizer.load(Path(out)) if goes_on else None) if ranks.main else None
+    origin, seq_len = None, config.train.seq_len or config.model.max_seq_len
+    if config.train.init:
+        origin, config = start_from(config.train.init, config)
+        say(f"starts from {origin.folder}")
+    known = Tokenizer.load(Path(out)) if goes_on else origin and origin.tokenizer
+    data = load_data(config.data, known, seq_len) if ranks.main else None
     tokenizer = ranks.from_main(data and data.tokenizer.inner.to_str())         # trained once
-    data = data or load_data(config.data, Tokenizer.from_text(tokenizer))
+    data = data or load_data(config.data, Tokenizer.from_text(tokenizer), seq_len)
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     if goes_on and config.train.batch_size == "auto":       # what was found when the run began
         found = load_config(Path(out) / "config.yaml").train.batch_size
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=found))
     torch.manual_seed(config.train.seed)
-    trainer = Trainer(MoETransformer(config.model), config.train, data, out=out, generate=config.generate,
-                      progress=progress)
+    model = MoETransformer(config.model)
+    if origin:
+        model.load_state_dict(origin.model.state_dict())
+    trainer = Trainer(model, config.train, data, out=out, generate=config.generate, progress=progress)
     trainer.config = dataclasses.replace(config, train=trainer.config.train)
     cfg = trainer.cfg
     trainer.notes.append(data.mixture.describe(cfg.steps * cfg.batch_size * cfg.accumulate * trainer.seq_len))
@@ -323,6 +330,8 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
     run = trainer.fit(resume=resume, stop_after=stop_after, from_step=from_step)
     if trainer.step < cfg.steps:
         say(f"stopped at step {trainer.step} of {cfg.steps}; the same command with --resume goes on")
+    if config.data.supervised:
+        samples = ()                            # the prompts are not questions
     for prompt in samples:
         try:
             run.encode(prompt)

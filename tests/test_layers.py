@@ -21,6 +21,7 @@ LEVELS = [
     {"model"},
     {"decode", "generate", "lora", "parallel", "cost", "launch", "data", "optimizer", "measure", "track", "plot"},
     {"checkpoint", "limits"},
+    {"start"},
     {"trainer"},
     {"stages"},
     {"evaluate", "hub", "explore", "chat", "doctor", "compare", "compare_figure"},
