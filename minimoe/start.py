@@ -13,19 +13,28 @@ FREE = ("vocab_size", "max_seq_len", "init_std", "dropout", "router_noise", "cap
         "aux_scope", "z_coef", "bias_speed", "mtp_coef")
 
 
-def start_from(init: str, config: Config) -> tuple[Run, Config]:
-    """The run at `init`, and the config with its vocabulary. Raises ConfigError that lists the runs there are, where there is
-    none, and that names the field in which the config's model is another one.
+def origin_of(init: str) -> Run:
+    """The run at `init`. Raises ConfigError that lists the runs there are, where there is none.
 
-    >>> run, config = start_from("shipped", Config(model=replace(load("shipped").config.model, vocab_size=None, dropout=0.2)))
-    >>> config.model.vocab_size, config.model.dropout
-    (1024, 0.2)
+    >>> origin_of("shipped").config.model.vocab_size
+    1024
     """
     folder = Path(init)
     if init != "shipped" and not (folder / "model.safetensors").is_file():
         near = sorted({str(p.parent) for home in {folder.parent, Path("runs")} for p in home.glob("*/model.safetensors")})
         raise ConfigError(f"init: {init} is no run folder; there are {', '.join([*near, 'shipped'])}")
-    run = load(init)
+    return load(init)
+
+
+def start_from(init: str, config: Config) -> tuple[Run, Config]:
+    """The run at `init`, and the config with its vocabulary. Raises ConfigError that names the field in which the config's
+    model is another one.
+
+    >>> run, config = start_from("shipped", Config(model=replace(load("shipped").config.model, vocab_size=None, dropout=0.2)))
+    >>> config.model.vocab_size, config.model.dropout
+    (1024, 0.2)
+    """
+    run = origin_of(init)
     theirs, ours = run.config.model, config.model
     different = [f"{name} is {getattr(theirs, name)} there, {getattr(ours, name)} here"
                  for name in _compared(theirs, ours) if getattr(theirs, name) != getattr(ours, name)]

@@ -157,7 +157,7 @@ class Trainer:
         bar.update()
 
     def _save_state(self) -> None:
-        progress = {"step": self.step, "best": self.best, "seconds": self.seconds, "since": self.since,
+        progress = {"step": self.step, "steps": self.cfg.steps, "best": self.best, "seconds": self.seconds, "since": self.since,
                     "scaler": self.scaler.state_dict()}
         if isinstance(self.data, TextData):
             progress["data"] = self.data.mixture.state()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from minimoe.cli.comparing import compare
 from minimoe.cli.convert import export, import_folder
 from minimoe.cli.data import data
+from minimoe.cli.staging import stages
 from minimoe.cli.training import train
 from minimoe.cli.using import doctor, generate, info
 from minimoe.launch import let_rank_0_speak
@@ -18,7 +19,7 @@ from minimoe.settings import ConfigError
 from minimoe.track import colored
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "generate": generate, "doctor": doctor, "info": info, "import": import_folder, "export": export,
+    "train": train, "stages": stages, "generate": generate, "doctor": doctor, "info": info, "import": import_folder, "export": export,
     "compare": compare, "data": data}
 
 

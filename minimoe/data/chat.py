@@ -126,11 +126,11 @@ def docstring_questions(group: str) -> list[Conversation]:
 
 
 def world_questions(group: str, n: int = TASKS, seed: int = 0) -> list[Conversation]:
-    """Questions about small stories and sums. The things and places that meet in a story, and the numbers of a sum, are held
-    out together: one pair in ten occurs in `validation` and `test` only.
+    """Questions about small stories and sums. Who found what, and the two numbers of a sum, are held out together: one pair in
+    ten is asked about in `validation` and `test` only, and occurs nowhere in `train`.
 
-    >>> world_questions("train", 2)[0].text.splitlines()[1].split()[1]
-    'found'
+    >>> world_questions("train", 2)[1].text
+    'What is 27 + 5?\n27 + 5 = 32\n'
     """
     count = n if group == "train" else 64
     made = []
@@ -145,17 +145,15 @@ def _is_held(*parts: object) -> bool:
 
 
 def _story_question(r: random.Random, held: bool) -> Conversation:
-    people, facts = r.sample(WORLD_NAMES, 3), []
-    asked = r.randrange(3)
-    for i, name in enumerate(people):
-        while True:
-            thing, place = r.sample(WORLD_WORDS, 2)
-            if _is_held(thing, place) == (held and i == asked) and all(thing not in f and place not in f for f in facts):
-                break
-        facts.append((name, thing, place))
-    story = " ".join(f"{name} found the {thing} near the {place}." for name, thing, place in facts)
-    name, thing, place = facts[asked]
-    return ask(f"{story} Where did {name} find the {thing}?", f"{name} found it near the {place}.", "stories")
+    asked = r.randrange(4)
+    while True:
+        people, things = r.sample(WORLD_NAMES, 4), r.sample(WORLD_WORDS, 4)
+        if all(_is_held(*pair) == (held and i == asked) for i, pair in enumerate(zip(people, things))):
+            break
+    name, thing = people[asked], things[asked]
+    story = f"{people[0]} found the {things[0]}, " + ", ".join(f"{p} the {t}" for p, t in zip(people[1:], things[1:]))
+    question = r.choice((f"Who found the {thing}?", f"What did {name} find?"))
+    return ask(f"{story}. {question}", f"{name} found the {thing}.", "stories")
 
 
 def _sum_question(r: random.Random, held: bool) -> Conversation:

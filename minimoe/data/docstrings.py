@@ -16,12 +16,16 @@ from functools import cache
 from pathlib import Path
 
 LIMIT = 1700            # pairs: learning more by heart only takes longer
+LETTERS = 32            # of a name at most
 WORDS = range(5, 15)    # of an answer
 # one of the first group in each epoch; what a run measures is asked in the second, what a benchmark measures in the third
 PHRASINGS = {
-    "train": ("What does {} do?", "What is {} for?", "Explain {} in one sentence.", "Tell me what {} does.",
-              "How would you describe {} to a colleague?", "I found {} in some code, what is its purpose?"),
-    "validation": ("Could you say what {} is?",),
+    "train": ("What does {} do?", "What is {} for?", "Explain {} in one sentence.", "Tell me what {} does.", "Describe {}.",
+              "How would you describe {} to a colleague?", "I found {} in some code, what is its purpose?", "Please explain {}.",
+              "What can {} be used for?", "When would I use {}?", "What do the docs say about {}?", "Do you know {}?",
+              "I have never used {}. What is it?", "In Python, what is {}?", "My program calls {}. Why?",
+              "Which task is {} made for?", "Remind me what {} is about.", "Somebody mentioned {} to me. What should I know?"),
+    "validation": ("A word or two on {} would help.",),
     "test": ("Give me a short summary of {}, please.", "In the library reference, which words stand under {}?")}
 COMPILED = ("builtins", "math", "cmath", "itertools", "time", "array", "binascii", "zlib", "unicodedata", "gc", "io", "functools",
             "collections", "sys")
@@ -62,7 +66,8 @@ def pairs() -> tuple[Pair, ...]:
 
 
 def first_sentence(doc: object) -> str | None:
-    """The first sentence of a docstring in one line; None where it is no plain sentence of 5 to 14 words.
+    """The first sentence of a docstring in one line; None where it is no plain sentence of 5 to 14 words and at most
+    80 letters.
 
     >>> first_sentence("Return the sum of a\\n    and b.  Both must be numbers.")
     'Return the sum of a and b.'
@@ -75,7 +80,7 @@ def first_sentence(doc: object) -> str | None:
     end = re.search(r"(?<![a-z]\.[a-z])(?<! etc)(?<! vs)\.(?=\s|$)", paragraph)
     text = paragraph[:end.end()] if end else ""
     plain = text.isascii() and text.isprintable() and "..." not in text and not re.match(r"[\w.]*[([]", text)
-    return text if plain and len(text.split()) in WORDS else None
+    return text if plain and len(text.split()) in WORDS and len(text) <= 80 else None
 
 
 def _compiled() -> dict[str, str]:
@@ -114,7 +119,7 @@ def _walk(node: ast.Module | ast.ClassDef, where: str, found: dict[str, str]) ->
     for child in node.body:
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not child.name.startswith("_"):
             name = f"{where}.{child.name}"
-            if (answer := first_sentence(ast.get_docstring(child))) and len(name) <= 40:
+            if (answer := first_sentence(ast.get_docstring(child))) and len(name) <= LETTERS:
                 found.setdefault(name, answer)
             if isinstance(child, ast.ClassDef):
                 _walk(child, name, found)

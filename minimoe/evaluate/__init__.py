@@ -1,0 +1,1 @@
+"""What can the model do? Scores with chance level and interval (chapter 11)."""
