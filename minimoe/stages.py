@@ -18,7 +18,16 @@ from pathlib import Path
 import yaml
 
 from minimoe.checkpoint import SHIPPED, checkpoints, write_safely
-from minimoe.config import Config, DataConfig, GenerateConfig, ModelConfig, TrainConfig, differences, load_config, read_yaml
+from minimoe.config import (
+    Config,
+    DataConfig,
+    GenerateConfig,
+    ModelConfig,
+    TrainConfig,
+    differences,
+    load_config,
+    read_yaml,
+)
 from minimoe.settings import ConfigError, from_dict, need
 from minimoe.trainer import train_from_config
 
@@ -96,8 +105,8 @@ def run_stages(config: StagesConfig, out: str | Path, *, progress: bool = True,
         if goes_on:
             _check(name, folder, wanted, told, init)
         else:
-            write_safely(out / "stages.json", lambda p: p.write_text(json.dumps(told | {name: init}, indent=1) + "\n",
-                                                                     encoding="utf-8"))     # noqa: B023
+            text = json.dumps(told | {name: init}, indent=1) + "\n"
+            write_safely(out / "stages.json", lambda p, text=text: p.write_text(text, encoding="utf-8"))
         if goes_on and finished(folder):
             say(f"{name}: finished before, {folder}")
         else:

@@ -10,7 +10,15 @@ import torch
 
 from minimoe.config import DataConfig, ModelConfig, Source, TrainConfig
 from minimoe.data import docstrings
-from minimoe.data.chat import Conversations, ask, docstring_questions, encode, load_conversations, make_rows, world_questions
+from minimoe.data.chat import (
+    Conversations,
+    ask,
+    docstring_questions,
+    encode,
+    load_conversations,
+    make_rows,
+    world_questions,
+)
 from minimoe.data.corpora import load_corpus
 from minimoe.data.loader import load_data
 from minimoe.data.tokenizer import Tokenizer
