@@ -2,7 +2,7 @@
 
     config.yaml  tokenizer.json  model.safetensors  metrics.jsonl
     checkpoints/00000500/model.safetensors
-    checkpoints/00000500/state/optimizer.safetensors  progress.json
+    checkpoints/00000500/state/optimizer.safetensors  progress.json  and, where adapters were trained, adapter.safetensors
 
 Files, and checkpoints as whole folders, are written under another name in the same folder, flushed to disk and renamed
 into place: a reader never sees half of one, and a failed write leaves the old one as it was.
@@ -24,6 +24,7 @@ from minimoe.config import Config, ModelConfig, load_config, save_config
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
 from minimoe.generate import stream
+from minimoe.lora import ADAPTER, adapted, merged_state
 from minimoe.model import MoETransformer
 from minimoe.parallel import ALONE, Ranks
 from minimoe.plot import Figure, history
@@ -114,9 +115,9 @@ def save(folder: str | Path, model: MoETransformer, tokenizer: Tokenizer | None 
 
 
 def save_weights(path: Path, model: MoETransformer, ranks: Ranks = ALONE) -> None:
-    """The weights as safetensors, each once: a tied head and the further copies of a shared router are left out. Of many
-    ranks all must call it, and the first one writes."""
-    state = {k: ranks.whole(k, v).contiguous().cpu() for k, v in model.state_dict().items() if not _tied(k, model.cfg)}
+    """The weights as safetensors, each once: a tied head and the further copies of a shared router are left out, adapters
+    are merged. Of many ranks all must call it, and the first one writes."""
+    state = {k: ranks.whole(k, v).contiguous().cpu() for k, v in merged_state(model) if not _tied(k, model.cfg)}
     if ranks.main:
         write_safely(path, lambda p: save_file(state, str(p)))
 
@@ -184,6 +185,9 @@ def save_state(run: Path, step: int, model: MoETransformer, optimizer: torch.opt
         if not ranks.main:
             return folder
         write_safely(part / "state" / "optimizer.safetensors", lambda path: save_file(tensors, str(path)))
+        if adapted(model):                      # exactly: what is merged has been rounded
+            adapters = {name: p.detach().cpu().contiguous() for p, name in names.items() if ADAPTER in name}
+            write_safely(part / "state" / "adapter.safetensors", lambda path: save_file(adapters, str(path)))
         write_safely(part / "state" / "progress.json", lambda path: path.write_text(json.dumps(progress), encoding="utf-8"))
         _flush(part / "state")
         _flush(part)
@@ -224,10 +228,16 @@ def _remove(checkpoint: Path) -> None:
 
 
 def load_state(folder: Path, model: MoETransformer, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> dict:
-    """Reads a checkpoint into model and optimizer, and gives the `progress` that was saved with it."""
-    load_weights(folder / "model.safetensors", model, ranks)
+    """Reads a checkpoint into model and optimizer, and gives the `progress` that was saved with it. Of a model with
+    adapters those alone: its base is there."""
+    if not adapted(model):
+        load_weights(folder / "model.safetensors", model, ranks)
     parameters = dict(model.named_parameters())
     try:
+        if adapted(model):
+            adapters = load_file(str(folder / "state" / "adapter.safetensors"))
+            for name in (n for n in parameters if ADAPTER in n):
+                parameters[name].data.copy_(adapters[name])
         tensors = load_file(str(folder / "state" / "optimizer.safetensors"))
         progress = json.loads((folder / "state" / "progress.json").read_text(encoding="utf-8"))
         for key, value in tensors.items():

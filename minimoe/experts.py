@@ -72,17 +72,23 @@ class Experts(nn.Module):
         self.w2_EHD = nn.Parameter(torch.empty(cfg.n_experts, cfg.expert_hidden, cfg.dim))
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        w13_EDF, w2_EHD, dtype = self.w13_EDF, self.w2_EHD, x_ND.dtype
+        (w13_EDF, w2_EHD), dtype = self.weights(), x_ND.dtype
         if torch.is_autocast_enabled(x_ND.device.type):        # grouped_mm does not know autocast: cast by hand
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             w13_EDF, w2_EHD = w13_EDF.to(dtype), w2_EHD.to(dtype)
         run, round_to = choose(self.dispatch, routing.experts.numel(), w13_EDF, w2_EHD)
         token_P, weight_P, counts_E = sort_by_expert(routing, w13_EDF.shape[0], round_to)
-        compute = lambda x_ND, *w: run(x_ND.index_select(0, token_P), counts_E, *w, self.activation)
+        compute = lambda x_ND, *w: self.compute(run, x_ND.index_select(0, token_P), counts_E, *w)
         if self.recompute and torch.is_grad_enabled():
             compute = partial(checkpoint, compute, use_reentrant=False)
         y_PD = compute(x_ND.to(dtype), w13_EDF, w2_EHD)
         return WeightedSum.apply(y_PD, weight_P, token_P, len(x_ND)).to(x_ND.dtype)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        return self.w13_EDF, self.w2_EHD
+
+    def compute(self, run: Callable[..., Tensor], x_PD: Tensor, counts_E: Tensor, *w: Tensor) -> Tensor:
+        return run(x_PD, counts_E, *w, self.activation)
 
 
 class WeightedSum(torch.autograd.Function):

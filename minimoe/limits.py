@@ -18,6 +18,7 @@ import torch
 from minimoe.checkpoint import checkpoints
 from minimoe.config import ModelConfig, TrainConfig
 from minimoe.device import Choice, choose, tune_cpu
+from minimoe.lora import adapt
 from minimoe.model import MoETransformer
 from minimoe.optimizer import make_optimizer
 from minimoe.settings import ConfigError, from_dict, need, to_dict
@@ -126,6 +127,8 @@ def _one_step(model: ModelConfig, train: TrainConfig, choice: Choice, seq_len: i
     """Makes a model of its own, and gives a function that trains it on b random sequences."""
     with torch.random.fork_rng():
         inner = MoETransformer(model).to(choice.device)
+    if train.method != "full":
+        adapt(inner, train)
     inner.recompute(train.recompute)
     optimizer = make_optimizer(inner, train)
 

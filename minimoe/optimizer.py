@@ -16,7 +16,7 @@ from minimoe.device import choose
 
 def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
     """AdamW with decay on matrices only: norms and biases are left alone (Loshchilov & Hutter 2019). With
-    `optimizer: muon` the matrices inside the blocks, routers left out, are turned by Muon.
+    `optimizer: muon` the matrices inside the blocks, routers and adapters left out, are turned by Muon.
 
     >>> layer = torch.nn.Linear(2, 3)
     >>> [len(group["params"]) for group in make_optimizer(layer, TrainConfig()).param_groups]
@@ -24,7 +24,7 @@ def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Adam
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inner = {name: p for name, p in named if cfg.optimizer == "muon" and p.dim() >= 2
-             and name.startswith(("blocks.", "extra_heads.")) and not ("router." in name or "shared_gate" in name)}
+             and name.startswith(("blocks.", "extra_heads.")) and not any(part in name for part in ("router.", "shared_gate", "lora_"))}
     outer = [p for name, p in named if name not in inner]
     groups = [{"params": [p for p in outer if p.dim() >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in outer if p.dim() < 2], "weight_decay": 0.0}]

@@ -99,8 +99,8 @@ def check_packages(train: TrainConfig, out: Path | None) -> None:
 
 
 def start_over(out: Path) -> None:
-    """Takes away what an older run left in the folder: its checkpoints, rows and logs."""
-    for name in ("checkpoints", "tensorboard", "wandb"):
+    """Takes away what an older run left in the folder: its checkpoints, adapters, rows and logs."""
+    for name in ("checkpoints", "adapter", "tensorboard", "wandb"):
         shutil.rmtree(out / name, ignore_errors=True)
     for old in (*out.glob("train.log*"), *out.glob("metrics.jsonl"), *out.glob("plot.svg")):
         old.unlink()

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from minimoe import balance, parallel
+from minimoe import balance, lora, parallel
+from minimoe.adapter import save_adapter
 from minimoe.checkpoint import (
     Run,
     checkpoints,
@@ -85,6 +86,10 @@ class Trainer:
         self.notes.append(f"length {self.cfg.steps:,} steps of {a_step:,} tokens"
                           + (f": {self.cfg.steps * a_step / epoch:.2f} epochs" if epoch else ""))
         self.config = Config(model=model.cfg, train=train, data=data_cfg, generate=generate or GenerateConfig())
+        self.base = None                                # of adapters: which weights they were trained beside
+        if train.method != "full":
+            self.base = lora.adapt(model, train)
+            self.notes.append(lora.describe(model))
         self.model = self.ranks.spread(model.to(self.choice.device))
         self.model.recompute(train.recompute)
         self.forward = self.ranks.wrap(torch.compile(self.model) if train.compile else self.model)
@@ -122,7 +127,7 @@ class Trainer:
                 if self.out and (self.step == until or stop or cfg.save_every and self.step % cfg.save_every == 0):
                     self._save_state()
             if self.out and not self.held_out:
-                save_weights(self.out / "model.safetensors", self.model, self.ranks)
+                self._save_weights()
             self.track.log.info("%s after step %d of %d", "interrupted" if stop else "ended", self.step, cfg.steps)
         run = self._run()
         return dataclasses.replace(run, model=lay_out_for_decoding(run.model)) if self.step == cfg.steps else run
@@ -135,7 +140,7 @@ class Trainer:
             (self.out / "metrics.jsonl").write_text("", encoding="utf-8")
 
     def _run(self) -> Run:
-        return Run(self.ranks.gather(self.model).eval(), self.tokenizer, self.config, self.out, self.rows)
+        return Run(lora.merged(self.ranks.gather(self.model)).eval(), self.tokenizer, self.config, self.out, self.rows)
 
     def _one_step(self, bar: tqdm) -> None:
         cfg, started = self.cfg, time.perf_counter()
@@ -158,7 +163,7 @@ class Trainer:
 
     def _save_state(self) -> None:
         progress = {"step": self.step, "steps": self.cfg.steps, "best": self.best, "seconds": self.seconds, "since": self.since,
-                    "scaler": self.scaler.state_dict()}
+                    "scaler": self.scaler.state_dict(), "base": self.base}
         if isinstance(self.data, TextData):
             progress["data"] = self.data.mixture.state()
         saved = save_state(self.out, self.step, self.model, self.optimizer, progress, self.cfg.keep, self.ranks)
@@ -170,6 +175,8 @@ class Trainer:
         need(not different, f"{self.out} was made with other settings: {'; '.join(different)}. Give them as they were, or "
                             "name another folder")
         progress = load_state(kept_checkpoint(self.out, from_step), self.model, self.optimizer, self.ranks)
+        need(progress.get("base") == self.base, f"{self.out}: its adapters were trained beside other weights than those that this "
+             f"run starts from (init={self.cfg.init}); give the --init and seed that it began with, or name another folder")
         self.step, self.best, self.seconds, self.since = (progress[k] for k in ("step", "best", "seconds", "since"))
         if isinstance(self.data, TextData):
             self.data.mixture.restore(progress.get("data", {}))
@@ -220,7 +227,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if model.cfg.balance == "bias":
+        if model.cfg.balance == "bias" and cfg.method == "full":       # beside adapters the routers are frozen, biases too
             for router, counts_E in zip(routers, counts):
                 balance.update_bias(router.bias_E, self.ranks.sum(counts_E), model.cfg.bias_speed)
         self.step += 1
@@ -263,7 +270,12 @@ class Trainer:
         if val_ce < self.best:
             self.best = val_ce
             if self.out:
-                save_weights(self.out / "model.safetensors", self.model, self.ranks)
+                self._save_weights()
+
+    def _save_weights(self) -> None:
+        save_weights(self.out / "model.safetensors", self.model, self.ranks)
+        if self.cfg.method != "full" and self.ranks.main:
+            save_adapter(self.out / "adapter", self.model)
 
     def _log(self, row: dict) -> None:
         self.rows.append(row)
