@@ -28,7 +28,7 @@ from minimoe.config import (
     load_config,
     read_yaml,
 )
-from minimoe.settings import ConfigError, from_dict, need
+from minimoe.settings import ConfigError, check_choices, from_dict, need
 from minimoe.trainer import train_from_config
 
 ORDER = ("base", "mid", "sft")
@@ -44,6 +44,9 @@ class Stage:
     """How it trains; `init` names an earlier stage or any run, null is the last stage before it that is enabled."""
     data: DataConfig = DataConfig()
     """What it reads."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,15 +64,15 @@ class Trainer:
         self.ranks = parallel.start(train, model.cfg)
         self.choice = choose(train.device, train.dtype, train.threads)
         tune_cpu(train.threads and self.choice.threads)
-        self.seq_len = train.seq_len or model.cfg.max_seq_len
-        self.data, data_cfg = _as_data(data, tokenizer, model.cfg.vocab_size, self.seq_len)
+        most = train.seq_len or model.cfg.max_seq_len
+        need(most <= model.cfg.max_seq_len, f"seq_len={most} is more than max_seq_len={model.cfg.max_seq_len}")
+        self.data, data_cfg = _as_data(data, tokenizer, model.cfg.vocab_size, most)
         self.tokenizer = getattr(self.data, "tokenizer", tokenizer)
-        if self.tokenizer is not None and self.tokenizer.vocab_size > model.cfg.vocab_size:
-            raise ConfigError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model's vocab_size is "
-                              f"{model.cfg.vocab_size}: raise vocab_size, or leave it null")
-        self.seq_len = getattr(self.data, "seq_len", None) or self.seq_len          # conversations say how long they are
-        if self.seq_len > model.cfg.max_seq_len:
-            raise ConfigError(f"seq_len={self.seq_len} is more than max_seq_len={model.cfg.max_seq_len}")
+        size = getattr(self.tokenizer, "vocab_size", 0)
+        need(size <= model.cfg.vocab_size, f"the tokenizer has {size} tokens, the model's vocab_size is {model.cfg.vocab_size}: raise "
+                                           "vocab_size, or leave it null")
+        self.seq_len = getattr(self.data, "seq_len", None) or most                  # conversations say how long they are
+        need(self.seq_len <= most, f"conversations of {self.seq_len} tokens, and seq_len is {most}: give it to load_data too")
         text = isinstance(self.data, TextData)
         epoch = self.data.mixture.n_tokens if text else len(self.data) * self.seq_len
         self.notes = [*self.choice.reasons, *getattr(self.data, "notes", ())]       # said at the start, and in train.log
@@ -293,8 +293,7 @@ def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int, seq_len
         return load_data(cfg, tokenizer, seq_len), cfg
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data):
         return data, DataConfig()
-    raise ConfigError(f"data={type(data).__name__}: give a corpus name, a DataConfig, or a dataset with at least one "
-                      "(inputs, targets) pair")
+    raise ConfigError(f"data={type(data).__name__}: give a corpus name, a DataConfig, or a dataset of (inputs, targets) pairs")
 
 
 def train_from_config(config: Config, out: str | Path | None = None, *, resume: bool = False, stop_after: int | None = None,
@@ -342,9 +341,7 @@ def train_from_config(config: Config, out: str | Path | None = None, *, resume: 
     run = trainer.fit(resume=resume, stop_after=stop_after, from_step=from_step)
     if trainer.step < cfg.steps:
         say(f"stopped at step {trainer.step} of {cfg.steps}; the same command with --resume goes on")
-    if config.data.supervised:
-        samples = ()                            # the prompts are not questions
-    for prompt in samples:
+    for prompt in () if config.data.supervised else samples:            # they are no questions
         try:
             run.encode(prompt)
         except ValueError:                      # characters that this text does not have: begin as the text does

@@ -235,7 +235,7 @@ def test_no_question_of_validation_or_test_is_in_training():
 
 
 def test_worlds_ask_about_what_was_held_out():
-    train, held = world_questions("train", 2000), world_questions("test")
+    train, held = world_questions("train", 2000), world_questions("test", 64)
     facts = lambda c: set(re.findall(r"(\w+)(?: found)? the (\w+)", c.wordings[0][0]["content"].split(".")[0])) or {
         tuple(re.findall(r"\d+", c.wordings[0][0]["content"]))}
     learned = set().union(*map(facts, train))
@@ -246,7 +246,7 @@ def test_worlds_ask_about_what_was_held_out():
         assert about in facts(c) and about not in learned
     sums = [c.wordings[0][1]["content"] for c in held if c.domain == "arithmetic"]
     assert sums and all(eval(s.replace("=", "==")) for s in sums)
-    assert {c.text for c in world_questions("validation")}.isdisjoint(c.text for c in train)
+    assert {c.text for c in world_questions("validation", 64)}.isdisjoint(c.text for c in (*train, *held))
 
 
 def test_as_plain_text_it_is_question_and_answer():

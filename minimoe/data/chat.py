@@ -68,9 +68,10 @@ def load_conversations(source: Source) -> Conversations:
     'assistant'
     """
     need(not source.streaming, f"{source.corpus}: conversations are read whole; leave streaming out")
-    if source.corpus in ("docstrings", "worlds"):
-        made = {"docstrings": docstring_questions, "worlds": world_questions}[source.corpus]
-        found = Conversations(label(source), tuple(made("train")), tuple(made("validation")))
+    if source.corpus == "docstrings":
+        found = Conversations(label(source), *(tuple(docstring_questions(group)) for group in ("train", "validation")))
+    elif source.corpus == "worlds":
+        found = Conversations(label(source), tuple(world_questions("train", TASKS)), tuple(world_questions("validation", 64)))
     else:
         need(source.corpus not in NAMES, f"{source.corpus}: holds text and no conversations; of the bundled corpora docstrings and "
                                          "worlds have some")
@@ -125,30 +126,29 @@ def docstring_questions(group: str) -> list[Conversation]:
     return result
 
 
-def world_questions(group: str, n: int = TASKS, seed: int = 0) -> list[Conversation]:
-    """Questions about small stories and sums. Who found what, and the two numbers of a sum, are held out together: one pair in
-    ten is asked about in `validation` and `test` only, and occurs nowhere in `train`.
+def world_questions(group: str, n: int, seed: int = 0) -> list[Conversation]:
+    """Questions about small stories and sums, `n` of each. Who found what, and the two numbers of a sum, are held out together:
+    one pair in twenty is asked about in `validation` only, and one in `test`.
 
     >>> world_questions("train", 2)[1].text
     'What is 27 + 5?\n27 + 5 = 32\n'
     """
-    count = n if group == "train" else 64
     made = []
-    for i in range(count):
+    for i in range(n):
         r = random.Random(f"{group} {seed} {i}")
-        made += [_story_question(r, group != "train"), _sum_question(r, group != "train")]
+        made += [_story_question(r, group), _sum_question(r, group)]
     return made
 
 
-def _is_held(*parts: object) -> bool:
-    return zlib.crc32(" ".join(map(str, parts)).encode()) % 10 == 0
+def _group_of(*parts: object) -> str:
+    return {0: "validation", 10: "test"}.get(zlib.crc32(" ".join(map(str, parts)).encode()) % 20, "train")
 
 
-def _story_question(r: random.Random, held: bool) -> Conversation:
+def _story_question(r: random.Random, group: str) -> Conversation:
     asked = r.randrange(4)
     while True:
         people, things = r.sample(WORLD_NAMES, 4), r.sample(WORLD_WORDS, 4)
-        if all(_is_held(*pair) == (held and i == asked) for i, pair in enumerate(zip(people, things))):
+        if all(_group_of(*pair) == (group if i == asked else "train") for i, pair in enumerate(zip(people, things))):
             break
     name, thing = people[asked], things[asked]
     story = f"{people[0]} found the {things[0]}, " + ", ".join(f"{p} the {t}" for p, t in zip(people[1:], things[1:]))
@@ -156,10 +156,10 @@ def _story_question(r: random.Random, held: bool) -> Conversation:
     return ask(f"{story}. {question}", f"{name} found the {thing}.", "stories")
 
 
-def _sum_question(r: random.Random, held: bool) -> Conversation:
+def _sum_question(r: random.Random, group: str) -> Conversation:
     while True:
         a, b = r.randrange(2, 50), r.randrange(2, 50)
-        if _is_held(a, b) == held:
+        if _group_of(a, b) == group:
             return ask(f"What is {a} + {b}?", f"{a} + {b} = {a + b}", "arithmetic")
 
 

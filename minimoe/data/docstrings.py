@@ -24,9 +24,13 @@ PHRASINGS = {
               "How would you describe {} to a colleague?", "I found {} in some code, what is its purpose?", "Please explain {}.",
               "What can {} be used for?", "When would I use {}?", "What do the docs say about {}?", "Do you know {}?",
               "I have never used {}. What is it?", "In Python, what is {}?", "My program calls {}. Why?",
-              "Which task is {} made for?", "Remind me what {} is about.", "Somebody mentioned {} to me. What should I know?"),
+              "Which task is {} made for?", "Remind me what {} is about.", "Somebody mentioned {} to me. What should I know?",
+              "How does {} help me?", "We talked about {} yesterday. What was it?", "The name {} tells me nothing. What is behind it?",
+              "Look up {} for me.", "What happens in {}?", "Is {} useful, and what for?"),
     "validation": ("A word or two on {} would help.",),
     "test": ("Give me a short summary of {}, please.", "In the library reference, which words stand under {}?")}
+# words before a question, so that it is the name that an answer hangs on, and not its place; the first question has none
+OPENERS = ("", "", "Hello. ", "One question: ", "I am reading code. ", "Can you help me? ")
 COMPILED = ("builtins", "math", "cmath", "itertools", "time", "array", "binascii", "zlib", "unicodedata", "gc", "io", "functools",
             "collections", "sys")
 APART = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data",
@@ -46,8 +50,15 @@ class Pair:
         return zlib.crc32(self.name.encode()) % 10 == 0
 
     def questions(self, group: str = "train") -> tuple[str, ...]:
-        """Every question of a group of phrasings: train, validation or test."""
-        return tuple(phrasing.format(self.name) for phrasing in PHRASINGS[group])
+        """Every question of a group of phrasings: train, validation or test.
+
+        >>> Pair("len", "Return the number of items in a container.").questions()[:2]
+        ('What does len do?', 'One question: What is len for?')
+        """
+        asked = [phrasing.format(self.name) for phrasing in PHRASINGS[group]]
+        if group != "train":
+            return tuple(asked)
+        return (asked[0], *(OPENERS[zlib.crc32(q.encode()) % len(OPENERS)] + q for q in asked[1:]))
 
 
 @cache
