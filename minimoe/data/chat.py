@@ -130,8 +130,8 @@ def world_questions(group: str, n: int, seed: int = 0) -> list[Conversation]:
     """Questions about small stories and sums, `n` of each. Who found what, and the two numbers of a sum, are held out together:
     one pair in twenty is asked about in `validation` only, and one in `test`.
 
-    >>> world_questions("train", 2)[1].text
-    'What is 27 + 5?\n27 + 5 = 32\n'
+    >>> world_questions("train", 2)[1].wordings[0][1]["content"]
+    '46 + 36 = 82'
     """
     made = []
     for i in range(n):

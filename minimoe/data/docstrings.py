@@ -26,11 +26,18 @@ PHRASINGS = {
               "I have never used {}. What is it?", "In Python, what is {}?", "My program calls {}. Why?",
               "Which task is {} made for?", "Remind me what {} is about.", "Somebody mentioned {} to me. What should I know?",
               "How does {} help me?", "We talked about {} yesterday. What was it?", "The name {} tells me nothing. What is behind it?",
-              "Look up {} for me.", "What happens in {}?", "Is {} useful, and what for?"),
+              "Look up {} for me.", "What happens in {}?", "Is {} useful, and what for?", "Define {}.", "Where does {} come in handy?",
+              "I must teach {} tomorrow. What do I tell them?", "Why would anyone call {}?", "They use {}, but why?", "Once more: {}?",
+              "So {} is a mystery to me. Can you clear it up?", "Let me hear about {}, if you can."),
     "validation": ("A word or two on {} would help.",),
     "test": ("Give me a short summary of {}, please.", "In the library reference, which words stand under {}?")}
-# words before a question, so that it is the name that an answer hangs on, and not its place; the first question has none
-OPENERS = ("", "", "Hello. ", "One question: ", "I am reading code. ", "Can you help me? ")
+# what stands round a training question where it leaves room, so that an answer hangs on the name and on no other word
+OPENERS = ("", "", "", "Hello. ", "One question: ", "I am reading code. ", "Can you help me? ", "Good morning! ", "Just curious: ",
+           "For my homework: ", "This is new to me. ", "A friend asked: ", "We are in a hurry. ", "Let us go on. ", "Next one. ",
+           "My test fails. ", "No long talk now: ")
+CLOSERS = ("", "", "", "", " Thanks.", " Be brief.", " One line will do.", " I forgot.", " It matters to me.", " No example needed.",
+           " Take your time.")
+ROOM = 110              # letters of question and answer: with more of them nothing stands round
 COMPILED = ("builtins", "math", "cmath", "itertools", "time", "array", "binascii", "zlib", "unicodedata", "gc", "io", "functools",
             "collections", "sys")
 APART = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data",
@@ -50,15 +57,18 @@ class Pair:
         return zlib.crc32(self.name.encode()) % 10 == 0
 
     def questions(self, group: str = "train") -> tuple[str, ...]:
-        """Every question of a group of phrasings: train, validation or test.
+        """Every question of a group of phrasings: train, validation or test. The first of them is as it stands.
 
         >>> Pair("len", "Return the number of items in a container.").questions()[:2]
-        ('What does len do?', 'One question: What is len for?')
+        ('What does len do?', 'Just curious: What is len for? No example needed.')
         """
-        asked = [phrasing.format(self.name) for phrasing in PHRASINGS[group]]
-        if group != "train":
-            return tuple(asked)
-        return (asked[0], *(OPENERS[zlib.crc32(q.encode()) % len(OPENERS)] + q for q in asked[1:]))
+        first, *others = (phrasing.format(self.name) for phrasing in PHRASINGS[group])
+        return (first, *map(self._dressed, others)) if group == "train" else (first, *others)
+
+    def _dressed(self, question: str) -> str:
+        chosen = zlib.crc32(question.encode())
+        dressed = OPENERS[chosen % len(OPENERS)] + question + CLOSERS[chosen // 32 % len(CLOSERS)]
+        return dressed if len(dressed) + len(self.answer) <= ROOM else question
 
 
 @cache
