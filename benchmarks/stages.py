@@ -34,7 +34,8 @@ GOAL_MINUTES, GOAL_BASE, GOAL_SFT, GOAL_LORA = 20, 0.02, 0.60, 0.80
 # adapters learn by heart less easily than whole weights: a higher rank than for a change of tone, on the experts too
 ADAPTERS = ("sft.train.lora_rank=32", "sft.train.lora_alpha=64", "sft.train.lora_targets=[q, k, v, o, w13, w2]")
 QUICK = ("model.dim=32", "model.n_layers=1", "model.n_heads=2", "model.expert_hidden=32", "base.train.steps=2", "mid.train.steps=2",
-         "sft.train.steps=2", "base.data.mixture=[pydocs]", "mid.data.mixture=[pydocs]", "base.data.tokenizer=bytes")
+         "sft.train.steps=2", "sft.train.batch_size=4", "base.data.mixture=[pydocs]", "mid.data.mixture=[pydocs]",
+         "base.data.tokenizer=bytes")
 
 
 def questions(n: int, seed: int) -> dict[str, list[Conversation]]:

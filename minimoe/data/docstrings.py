@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 LIMIT = 1700            # pairs: learning more by heart only takes longer
-LETTERS = 32            # of a name at most
+LETTERS = 28            # of a name at most
 WORDS = range(5, 15)    # of an answer
 # one of the first group in each epoch; what a run measures is asked in the second, what a benchmark measures in the third
 PHRASINGS = {
@@ -37,7 +37,7 @@ OPENERS = ("", "", "", "Hello. ", "One question: ", "I am reading code. ", "Can 
            "My test fails. ", "No long talk now: ")
 CLOSERS = ("", "", "", "", " Thanks.", " Be brief.", " One line will do.", " I forgot.", " It matters to me.", " No example needed.",
            " Take your time.")
-ROOM = 110              # letters of question and answer: with more of them nothing stands round
+ROOM = 90               # letters of question and answer: with more of them nothing stands round
 COMPILED = ("builtins", "math", "cmath", "itertools", "time", "array", "binascii", "zlib", "unicodedata", "gc", "io", "functools",
             "collections", "sys")
 APART = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data",
@@ -60,7 +60,7 @@ class Pair:
         """Every question of a group of phrasings: train, validation or test. The first of them is as it stands.
 
         >>> Pair("len", "Return the number of items in a container.").questions()[:2]
-        ('What does len do?', 'Just curious: What is len for? No example needed.')
+        ('What does len do?', 'What is len for?')
         """
         first, *others = (phrasing.format(self.name) for phrasing in PHRASINGS[group])
         return (first, *map(self._dressed, others)) if group == "train" else (first, *others)
@@ -88,7 +88,7 @@ def pairs() -> tuple[Pair, ...]:
 
 def first_sentence(doc: object) -> str | None:
     """The first sentence of a docstring in one line; None where it is no plain sentence of 5 to 14 words and at most
-    80 letters.
+    68 letters.
 
     >>> first_sentence("Return the sum of a\\n    and b.  Both must be numbers.")
     'Return the sum of a and b.'
@@ -101,7 +101,7 @@ def first_sentence(doc: object) -> str | None:
     end = re.search(r"(?<![a-z]\.[a-z])(?<! etc)(?<! vs)\.(?=\s|$)", paragraph)
     text = paragraph[:end.end()] if end else ""
     plain = text.isascii() and text.isprintable() and "..." not in text and not re.match(r"[\w.]*[([]", text)
-    return text if plain and len(text.split()) in WORDS and len(text) <= 80 else None
+    return text if plain and len(text.split()) in WORDS and len(text) <= 68 else None
 
 
 def _compiled() -> dict[str, str]:
