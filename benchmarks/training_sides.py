@@ -21,7 +21,7 @@ from minimoe.checkpoint import checkpoints
 from minimoe.config import Config, DataConfig, load_config
 from minimoe.data.loader import load_data
 from minimoe.device import tune_cpu
-from minimoe.trainer import train_from_config
+from minimoe.start import train_from_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BLOCK = 64              # the windows that the whole held-out tenth is read in, by every side alike

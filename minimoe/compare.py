@@ -28,7 +28,7 @@ from minimoe.compare_figure import draw, si
 from minimoe.config import Config, differences, load_config
 from minimoe.data.loader import TextData, load_data
 from minimoe.settings import need, to_dict
-from minimoe.trainer import train_from_config
+from minimoe.start import train_from_config
 
 Equal = Literal["bytes", "flops", "active"]
 MEASURES = {"bytes": "bytes of text read", "flops": "training FLOPs", "active": "active parameters x tokens"}

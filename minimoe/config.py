@@ -266,9 +266,14 @@ class Config:
 
 def load_config(path: str | Path) -> Config:
     """Reads a YAML file with the sections model, train, data, generate and evaluate; errors name the file and the key."""
+    return from_dict(Config, read_yaml(path), str(Path(path)))
+
+
+def read_yaml(path: str | Path) -> object:
+    """What stands in a YAML file; an empty one is an empty dict. Errors name the file and the line."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except IsADirectoryError:
@@ -279,7 +284,6 @@ def load_config(path: str | Path) -> Config:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}: not readable as YAML{line}: {getattr(error, 'problem', error)}") from None
-    return from_dict(Config, values or {}, str(path))
 
 
 def save_config(config: Config, path: str | Path) -> None:

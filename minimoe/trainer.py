@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,6 @@ from minimoe.checkpoint import (
     checkpoints,
     kept_checkpoint,
     load_state,
-    read_progress,
     remove_after,
     save,
     save_state,
@@ -32,7 +31,7 @@ from minimoe.checkpoint import (
     write_safely,
 )
 from minimoe.config import Config, DataConfig, GenerateConfig, TrainConfig, differences, load_config
-from minimoe.data.loader import TextData, held_out_lines, join, load_data, shortened
+from minimoe.data.loader import TextData, load_data, shortened
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
 from minimoe.device import choose, tune_cpu
@@ -40,7 +39,7 @@ from minimoe.experts import MoE
 from minimoe.launch import ctrl_c
 from minimoe.limits import explained, fit_batch_size
 from minimoe.measure import held_out_loss
-from minimoe.model import MoETransformer, shape_table
+from minimoe.model import MoETransformer
 from minimoe.optimizer import lr_scale, make_optimizer
 from minimoe.settings import ConfigError, need
 from minimoe.track import Tracker, check_packages, colored, start_over, summary
@@ -64,17 +63,18 @@ class Trainer:
         self.ranks = parallel.start(train, model.cfg)
         self.choice = choose(train.device, train.dtype, train.threads)
         tune_cpu(train.threads and self.choice.threads)
-        self.data, data_cfg = _as_data(data, tokenizer, model.cfg.vocab_size)
+        most = train.seq_len or model.cfg.max_seq_len
+        need(most <= model.cfg.max_seq_len, f"seq_len={most} is more than max_seq_len={model.cfg.max_seq_len}")
+        self.data, data_cfg = _as_data(data, tokenizer, model.cfg.vocab_size, most)
         self.tokenizer = getattr(self.data, "tokenizer", tokenizer)
-        if self.tokenizer is not None and self.tokenizer.vocab_size > model.cfg.vocab_size:
-            raise ConfigError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model's vocab_size is "
-                              f"{model.cfg.vocab_size}: raise vocab_size, or leave it null")
-        self.seq_len = train.seq_len or model.cfg.max_seq_len
-        if self.seq_len > model.cfg.max_seq_len:
-            raise ConfigError(f"seq_len={self.seq_len} is more than max_seq_len={model.cfg.max_seq_len}")
+        size = getattr(self.tokenizer, "vocab_size", 0)
+        need(size <= model.cfg.vocab_size, f"the tokenizer has {size} tokens, the model's vocab_size is {model.cfg.vocab_size}: raise "
+                                           "vocab_size, or leave it null")
+        self.seq_len = getattr(self.data, "seq_len", None) or most                  # conversations say how long they are
+        need(self.seq_len <= most, f"conversations of {self.seq_len} tokens, and seq_len is {most}: give it to load_data too")
         text = isinstance(self.data, TextData)
         epoch = self.data.mixture.n_tokens if text else len(self.data) * self.seq_len
-        self.notes = list(self.choice.reasons)          # said at the start, and in train.log
+        self.notes = [*self.choice.reasons, *getattr(self.data, "notes", ())]       # said at the start, and in train.log
         if train.batch_size == "auto":
             most = max(1, epoch // self.seq_len) if epoch else 4096
             size, why = fit_batch_size(model.cfg, train, self.choice, self.seq_len, most)
@@ -95,9 +95,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, train)
         # float16 gradients underflow: the loss is scaled up, and a step whose gradient overflowed is left out
         self.scaler = torch.amp.GradScaler(self.choice.device.type, enabled=self.choice.dtype == torch.float16)
-        corpora = self.data.corpora if text else ()
-        self.held_out = {c.name: (join(c.held_out, self.tokenizer), sum(len(d.text.encode()) for d in c.held_out))
-                         for c in corpora if c.held_out}
+        self.held_out = self.data.held_out() if text else {}
         self.step, self.best, self.seconds, self.rows, self.since = 0, math.inf, 0.0, [], []
 
     def fit(self, *, resume: bool = False, stop_after: int | None = None, from_step: int | None = None) -> Run:
@@ -164,7 +162,7 @@ class Trainer:
         bar.update()
 
     def _save_state(self) -> None:
-        progress = {"step": self.step, "best": self.best, "seconds": self.seconds, "since": self.since,
+        progress = {"step": self.step, "steps": self.cfg.steps, "best": self.best, "seconds": self.seconds, "since": self.since,
                     "scaler": self.scaler.state_dict(), "base": self.base}
         if isinstance(self.data, TextData):
             progress |= {"data": self.data.mixture.state(), "out": self.data.out}
@@ -286,67 +284,13 @@ class Trainer:
             self.on_step(self, row)
 
 
-def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[object, DataConfig]:
+def _as_data(data: object, tokenizer: Tokenizer | None, vocab_size: int, seq_len: int) -> tuple[object, DataConfig]:
     if isinstance(data, TextData):
         names = [s.name for s in data.mixture.streams]
         return data, data.config or DataConfig(mixture=tuple(names))
     if isinstance(data, (str, DataConfig)):
         cfg = DataConfig(mixture=data, tokenizer_vocab=max(261, vocab_size)) if isinstance(data, str) else data
-        return load_data(cfg, tokenizer), cfg
+        return load_data(cfg, tokenizer, seq_len), cfg
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data):
         return data, DataConfig()
-    raise ConfigError(f"data={type(data).__name__}: give a corpus name, a DataConfig, or a dataset with at least one "
-                      "(inputs, targets) pair")
-
-
-def train_from_config(config: Config, out: str | Path | None = None, *, resume: bool = False, stop_after: int | None = None,
-                      progress: bool = True, say: Callable[[str], None] | None = None,
-                      samples: Iterable[str] = (), from_step: int | None = None,
-                      evaluate_with: Callable[[Run, int], dict] | None = None) -> Run:
-    """Everything that `minimoe train` does: data, tokenizer, a model from the seed, training, samples."""
-    tune_cpu()
-    ranks = parallel.start(config.train, config.model)
-    tell = bool(say and ranks.main)
-    say, samples = (say, samples) if tell else (lambda line: None, ())
-    goes_on = bool(resume and out and checkpoints(Path(out)))
-    need(from_step is None or goes_on, f"{out}: no checkpoint to go on from, so there is none of step {from_step}")
-    if resume and not goes_on:
-        say(f"{out}: no complete checkpoint to go on from, so this run starts at step 0")
-    start = kept_checkpoint(Path(out), from_step) if goes_on else None
-    seen = read_progress(start).get("out") if start else None           # what is on disk was read through when the run began
-    data = load_data(config.data, Tokenizer.load(Path(out)) if goes_on else None, seen) if ranks.main else None
-    tokenizer = ranks.from_main(data and data.tokenizer.inner.to_str())         # trained once
-    seen = ranks.from_main(data and data.out)
-    data = data or load_data(config.data, Tokenizer.from_text(tokenizer), seen)
-    vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    if goes_on and config.train.batch_size == "auto":       # what was found when the run began
-        found = load_config(Path(out) / "config.yaml").train.batch_size
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=found))
-    torch.manual_seed(config.train.seed)
-    trainer = Trainer(MoETransformer(config.model), config.train, data, out=out, generate=config.generate,
-                      progress=progress, evaluate_with=evaluate_with)
-    trainer.config = dataclasses.replace(config, train=trainer.config.train)
-    cfg = trainer.cfg
-    trainer.notes.append(data.mixture.describe(cfg.steps * cfg.batch_size * cfg.accumulate * trainer.seq_len))
-    m = config.model
-    trainer.notes.append(f"model: {m.num_params():,} parameters, {m.active_params():,} active per token, "
-                         f"{m.flops_per_token(trainer.seq_len):,} forward FLOPs per token\n{shape_table(m)}")
-    if goes_on:
-        newer = [str(int(p.name)) for p in checkpoints(Path(out)) if p > start]
-        trainer.notes.append(f"goes on from step {int(start.name)}" + (
-            f"; the newer checkpoints ({', '.join(newer)}) and the rows after it go" if newer else ""))
-    for line in trainer.notes:
-        say(line)
-    run = trainer.fit(resume=resume, stop_after=stop_after, from_step=from_step)
-    if trainer.step < cfg.steps:
-        say(f"stopped at step {trainer.step} of {cfg.steps}; the same command with --resume goes on")
-    for prompt in samples:
-        try:
-            run.encode(prompt)
-        except ValueError:                      # characters that this text does not have: begin as the text does
-            prompt = next((d.text for c in data.corpora for d in (*c.train, *c.held_out)), "the")[:16]
-        say(f"--- {prompt!r}\n{prompt}{run.generate(prompt, max_new_tokens=60)}")
-    for line in held_out_lines(run.metrics(), data) if tell else ():
-        say(line)
-    return run
+    raise ConfigError(f"data={type(data).__name__}: give a corpus name, a DataConfig, or a dataset of (inputs, targets) pairs")

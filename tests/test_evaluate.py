@@ -21,8 +21,8 @@ from minimoe.evaluate.likelihood import encode_pair
 from minimoe.evaluate.tasks import OWN, during_training, find
 from minimoe.evaluate.text import text_scores, with_text
 from minimoe.settings import ConfigError, to_dict
+from minimoe.start import train_from_config
 from minimoe.track import flat
-from minimoe.trainer import train_from_config
 from tests.evaluate_runs import knowing, saying, tiny, tiny_run, uninformed
 
 CHOICES = ("continuation", "next_word", "arithmetic_choice", "letters_choice")

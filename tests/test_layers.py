@@ -22,6 +22,7 @@ LEVELS = [
     {"decode", "generate", "nf4", "lora", "parallel", "cost", "launch", "data", "optimizer", "measure", "track", "plot"},
     {"checkpoint", "limits", "adapter"},
     {"trainer"},
+    {"start"},
     {"stages"},
     {"evaluate", "hub", "explore", "chat", "doctor", "compare", "compare_figure"},
     {"course"},

@@ -19,7 +19,7 @@ from minimoe.data.shards import Shards, merge, prepare
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.data.verify import verify
 from minimoe.settings import ConfigError
-from minimoe.trainer import train_from_config
+from minimoe.start import train_from_config
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from minimoe.cli.convert import export, import_folder
 from minimoe.cli.data import data
 from minimoe.cli.evaluating import evaluate
 from minimoe.cli.exploring import explore
+from minimoe.cli.staging import stages
 from minimoe.cli.training import train
 from minimoe.cli.using import doctor, generate, info
 from minimoe.launch import let_rank_0_speak
@@ -20,8 +21,8 @@ from minimoe.settings import ConfigError
 from minimoe.track import colored
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "compare": compare, "generate": generate, "evaluate": evaluate, "explore": explore, "data": data,
-    "import": import_folder, "export": export, "info": info, "doctor": doctor}
+    "train": train, "stages": stages, "compare": compare, "generate": generate, "evaluate": evaluate, "explore": explore,
+    "data": data, "import": import_folder, "export": export, "info": info, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,10 +37,17 @@ class TrainArgs:
     settings: tyro.conf.FlagConversionOff[Config] = Config()         # --tie-embeddings False: each has a default to leave
 
 
+def _as_there(init: str) -> Config:
+    from minimoe.start import origin_of
+
+    return Config(model=origin_of(init).config.model)
+
+
 def train(argv: list[str]) -> None:
     """Train a model: minimoe train --config configs/pydocs.yaml"""
     path = value_of("--config", argv)
-    config = load_config(path) if path else Config()
+    init = value_of("--init", argv)
+    config = load_config(path) if path else _as_there(init) if init else Config()
     if any(value_of(f"--{name}", argv) for name in LENGTHS):        # a length given as a flag replaces the file's
         train_section = dataclasses.replace(config.train, steps=TrainConfig.steps, epochs=None, tokens=None)
         config = dataclasses.replace(config, train=train_section)
@@ -53,7 +60,7 @@ def train(argv: list[str]) -> None:
     from minimoe.checkpoint import load
     from minimoe.evaluate import during_training, evaluate, table
     from minimoe.parallel import finish
-    from minimoe.trainer import train_from_config
+    from minimoe.start import train_from_config
 
     evaluate_with = during_training(args.settings.evaluate)
     with watch():

@@ -1,7 +1,7 @@
 """Named texts that are there on every machine, and texts of your own.
 
-`pydocs` the interpreter's reference topics (prose), `stdlib` its library sources (code), `worlds` generated text that is
-the same on every machine and Python version. Each document carries a domain label; held-out documents are never
+`pydocs` the interpreter's reference topics (prose), `stdlib` its library sources (code), `docstrings` questions and answers
+about its library, `worlds` generated text that is the same on every machine and Python version. Each document carries a domain label; held-out documents are never
 training text, and no paragraph of theirs stands in it.
 """
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minimoe.config import Source
+from minimoe.data import docstrings
 from minimoe.data.held_out import SHORT, Corpus, Document, split, tenth, without
 from minimoe.data.sources import Piece, files_of, kind, read_dataset, read_file
 from minimoe.settings import ConfigError, need
 
-NAMES = ("pydocs", "stdlib", "worlds", "tiny_shakespeare")
+NAMES = ("pydocs", "stdlib", "docstrings", "worlds", "tiny_shakespeare")
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 
@@ -37,8 +38,8 @@ def load_corpus(source: str | Source) -> Corpus:
     name = label(source)
     need(source.corpus not in NAMES or not (source.field or source.subset or source.split),
          f"{source.corpus}: a bundled corpus has no field, subset or split; leave these out")
-    if source.corpus in ("pydocs", "stdlib", "worlds"):
-        corpus = {"pydocs": _pydocs, "stdlib": _stdlib, "worlds": worlds}[source.corpus]()
+    if source.corpus in ("pydocs", "stdlib", "docstrings", "worlds"):
+        corpus = {"pydocs": _pydocs, "stdlib": _stdlib, "docstrings": _docstrings, "worlds": worlds}[source.corpus]()
         parts = [tuple(d for d in docs if wanted(d.text, d.domain, source)) for docs in (corpus.train, corpus.held_out)]
         need(bool(parts[0]), _nothing_left(source, {d.domain for d in corpus.train}))
         corpus, documents = Corpus(name, *parts), [*parts[0], *parts[1]]
@@ -49,10 +50,15 @@ def load_corpus(source: str | Source) -> Corpus:
 
 
 def held_apart(source: Source) -> list[Document]:
-    """The documents of a source's `held_out`: a file here, or else another split of the same dataset."""
+    """The documents of a source's `held_out`."""
+    return documents_of(held_apart_source(source))
+
+
+def held_apart_source(source: Source) -> Source:
+    """What a source's `held_out` names: a file here, or else another split of the same dataset."""
     if kind(source) == "dataset" and not Path(source.held_out).exists():
-        return documents_of(Source(corpus=source.corpus, subset=source.subset, split=source.held_out, field=source.field))
-    return documents_of(Source(corpus=source.held_out, field=source.field))
+        return Source(corpus=source.corpus, subset=source.subset, split=source.held_out, field=source.field)
+    return Source(corpus=source.held_out, field=source.field)
 
 
 def label(source: Source) -> str:
@@ -93,7 +99,7 @@ def parts_of(source: Source) -> list[tuple[str, Callable[[object], Iterator[Piec
     """
     if kind(source) == "dataset":
         return [(source.corpus, lambda at: read_dataset(source, at))]
-    if source.corpus in ("pydocs", "worlds"):
+    if source.corpus in ("pydocs", "docstrings", "worlds"):
         corpus = load_corpus(source.corpus)
         documents = [*corpus.train, *corpus.held_out]
         return [(source.corpus, lambda at: (Piece(d.text, d.domain, True, i) for i, d in enumerate(documents, 1)
@@ -142,6 +148,16 @@ def _pydocs() -> Corpus:
 
 def _stdlib() -> Corpus:
     return _hold_out("stdlib", [Document(p.stem, p.read_text(encoding="utf-8"), "code") for p in _library()])
+
+
+def _docstrings() -> Corpus:
+    """Question and answer in two lines, each pair in one of its wordings; the pairs never seen are held out."""
+    groups = ([], [])
+    for pair in docstrings.pairs():
+        questions = pair.questions()
+        question = questions[zlib.crc32(pair.answer.encode()) % len(questions)]
+        groups[pair.never_seen].append(Document(pair.name, f"{question}\n{pair.answer}\n", "docstrings"))
+    return Corpus("docstrings", *map(tuple, groups))
 
 
 def _library() -> list[Path]:
@@ -195,9 +211,9 @@ def download(url: str, sha256: str, path: Path) -> None:
 
 
 # --- generated worlds ------------------------------------------------------------------------------------------------
-_WORDS = ("apple river stone garden window letter summer winter yellow market bridge silver button forest castle "
+WORLD_WORDS = ("apple river stone garden window letter summer winter yellow market bridge silver button forest castle "
           "mirror pocket planet rabbit saddle ticket violin walnut zipper").split()
-_NAMES = "Ann Ben Cleo Dan Eva Finn Gita Hugo".split()
+WORLD_NAMES = "Ann Ben Cleo Dan Eva Finn Gita Hugo".split()
 
 
 def _sums(r: random.Random) -> str:
@@ -212,17 +228,17 @@ def _sums(r: random.Random) -> str:
 def _letters(r: random.Random) -> str:
     lines = []
     for _ in range(9):
-        word = r.choice(_WORDS)
+        word = r.choice(WORLD_WORDS)
         letter = r.choice(word)
         lines.append(f"the letter {letter} stands in {word} {word.count(letter)} times")
     return "\n".join(lines) + "\n"
 
 
 def _story(r: random.Random) -> str:
-    a, b = r.sample(_NAMES, 2)
+    a, b = r.sample(WORLD_NAMES, 2)
     lines = []
     for _ in range(6):
-        thing, place = r.sample(_WORDS, 2)
+        thing, place = r.sample(WORLD_WORDS, 2)
         lines.append(r.choice((
             f"{a} found a {thing} near the {place}. {b} wanted the {thing} too.",
             f"{b} went to the {place} and asked {a} for the {thing}.",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from minimoe.config import DataConfig, Source, TrainConfig
+from minimoe.data.chat import load_conversations, make_rows
 from minimoe.data.corpora import held_apart, label, load_corpus
 from minimoe.data.held_out import HELD_OUT_LIMIT, Corpus, Document, Overlap, hash_of, less
 from minimoe.data.mixture import Mixture, Stream
@@ -28,13 +29,27 @@ SAMPLE = 2_000_000      # characters of a stream that a tokenizer learns from
 class TextData:
     """What `Trainer` takes: the `mixture` to learn from, the `corpora` whose held-out text is measured on, and the
     `tokenizer` of both; with the `config` that it was made from, and by their hashes the held-out paragraphs that were left
-    `out` because some source trains on them."""
+    `out` because some source trains on them.
+
+    Of conversations there are no corpora, but `rows` to measure, by name with the bytes of their answers; `seq_len`, the
+    length of all rows; and `notes` to be said at the start.
+    """
 
     mixture: Mixture
     corpora: tuple[Corpus, ...]
     tokenizer: Tokenizer
     config: DataConfig | None = None
     out: tuple[str, ...] = ()
+    rows: dict[str, tuple[np.ndarray, int]] | None = None
+    seq_len: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def held_out(self) -> dict[str, tuple[np.ndarray, int]]:
+        """What is only measured: by name the tokens, (n,) of text and (N, T + 1) of conversations, and the bytes."""
+        if self.rows is not None:
+            return self.rows
+        return {c.name: (join(c.held_out, self.tokenizer), sum(len(d.text.encode()) for d in c.held_out))
+                for c in self.corpora if c.held_out}
 
 
 def join(documents: tuple[Document, ...], tokenizer: Tokenizer) -> np.ndarray:
@@ -43,15 +58,20 @@ def join(documents: tuple[Document, ...], tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([part for d in documents for part in (np.array(mark, np.int32), encode(d.text))])
 
 
-def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None, out: Iterable[str] | None = None) -> TextData:
-    """Reads or opens the sources, trains or loads the tokenizer, and packs the tokens. `out` is what an earlier call found:
-    with it, token ids that lie on disk are not read through again.
+def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None, seq_len: int | None = None,
+              out: Iterable[str] | None = None) -> TextData:
+    """Reads or opens the sources, trains or loads the tokenizer, and packs the tokens; of conversations, which are not
+    packed, at most `seq_len` tokens each. `out` is what an earlier call found: with it, token ids that lie on disk are not
+    read through again.
 
     >>> data = load_data(DataConfig(mixture="worlds", tokenizer="characters"))
     >>> inputs, targets = data.mixture.batch(0, batch_size=2, seq_len=8, seed=0)
     >>> inputs.shape, bool((inputs[:, 1:] == targets[:, :-1]).all())
     (torch.Size([2, 8]), True)
     """
+    need(not cfg.pin_memory or torch.cuda.is_available(), "pin_memory: there is no CUDA device to copy to; leave it out")
+    if cfg.supervised:
+        return _load_conversations(cfg, tokenizer, seq_len)
     opened = [_open(source) for source in cfg.mixture]
     tokenizer = fitting_tokenizer([o for o in opened if isinstance(o, Shards)], tokenizer, cfg.tokenizer)
     if tokenizer is None:
@@ -73,10 +93,22 @@ def load_data(cfg: DataConfig, tokenizer: Tokenizer | None = None, out: Iterable
     need(cfg.strategy != "proportional" or None not in sizes,
          f"strategy=proportional: how long {', '.join(s.name for s in streams if s.size is None)} is shows only when it has "
          "been read; write weighted and give ratios")
-    ratios = {"weighted": [s.ratio for s in cfg.mixture], "equal": [1.0] * len(streams), "proportional": sizes}
-    need(not cfg.pin_memory or torch.cuda.is_available(), "pin_memory: there is no CUDA device to copy to; leave it out")
-    mixture = Ahead(tuple(streams), tuple(ratios[cfg.strategy]), cfg.workers, cfg.pin_memory)
-    return TextData(mixture, tuple(corpora), tokenizer, cfg, tuple(sorted(map(hash_of, found))))
+    return TextData(_mixed(streams, cfg), tuple(corpora), tokenizer, cfg, tuple(sorted(map(hash_of, found))))
+
+
+def _load_conversations(cfg: DataConfig, tokenizer: Tokenizer | None, seq_len: int | None) -> TextData:
+    sources = [load_conversations(source) for source in cfg.mixture]
+    sources = [replace(s, name=name) for s, name in zip(sources, _unique([s.name for s in sources]))]
+    if tokenizer is None:
+        texts = [Corpus(s.name, tuple(Document(s.name, c.text, c.domain) for c in s.train), ()) for s in sources]
+        tokenizer = _make_tokenizer(cfg, texts)
+    streams, rows, notes = make_rows(sources, tokenizer, seq_len)
+    return TextData(_mixed(streams, cfg), (), tokenizer, cfg, rows=rows, seq_len=streams[0].seq_len, notes=notes)
+
+
+def _mixed(streams: list, cfg: DataConfig) -> Ahead:
+    ratios = {"weighted": [s.ratio for s in cfg.mixture], "equal": [1.0] * len(streams), "proportional": [s.size for s in streams]}
+    return Ahead(tuple(streams), tuple(ratios[cfg.strategy]), cfg.workers, cfg.pin_memory)
 
 
 def _open(source: Source) -> Corpus | Tokens | Shards | RawStream:

@@ -106,9 +106,9 @@ class Mixture:
         return result
 
     def batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (B, T) of one step, targets shifted by one."""
-        both = torch.from_numpy(self.windows(np.arange(step * batch_size, (step + 1) * batch_size), seq_len, seed))
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        """Inputs and targets (B, T) of one step, targets shifted by one; a token that nobody is to learn comes as its
+        complement (`chat.Rows`), and is -100 as a target."""
+        return split_rows(torch.from_numpy(self.windows(np.arange(step * batch_size, (step + 1) * batch_size), seq_len, seed)))
 
     def steps_until(self, batch_size: int, seq_len: int, seed: int) -> int:
         """How many steps of B windows can be made before the first source begins anew, at least one.
@@ -146,6 +146,16 @@ class Mixture:
                 f"{s.size:>10,} tokens  {share * tokens_read / s.size:.2f} epochs")
             lines.append(f"{branch} {s.name:<18} {share:6.1%}  {size}")
         return "\n".join(lines)
+
+
+def split_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of rows of T + 1 tokens, complements among them.
+
+    >>> split_rows(torch.tensor([[5, ~6, 7]]))
+    (tensor([[5, 6]]), tensor([[-100,    7]]))
+    """
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    return torch.where(inputs < 0, ~inputs, inputs), targets.masked_fill(targets < 0, -100)
 
 
 def _given(ends: tuple[float, ...], block: int) -> np.ndarray:

@@ -31,6 +31,7 @@ class Piece:
     domain: str
     begins: bool
     after: object
+    messages: tuple[dict[str, str], ...] | None = None      # of role and content, where the row is a conversation
 
 
 def kind(source: Source) -> str:
@@ -255,9 +256,11 @@ def _row(row: object, source: Source, domain: str, after: object, where: Callabl
         value = row[_choose(list(row), source, where, word)]
         value = "" if value is None else value
         domain = row["domain"] if isinstance(row.get("domain"), str) else domain
+    messages = None
     if isinstance(value, list):                         # a chat
         try:
-            value = "\n".join(f"{m.get('role', m.get('from'))}: {m.get('content', m.get('value'))}" for m in value) + "\n"
+            messages = tuple({"role": m.get("role", m.get("from")), "content": m.get("content", m.get("value"))} for m in value)
+            value = "\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\n"
         except AttributeError:
             value = None
     if not isinstance(value, str):
@@ -266,4 +269,4 @@ def _row(row: object, source: Source, domain: str, after: object, where: Callabl
         value.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{where()}: half a surrogate pair, which is no character; mend that text") from None
-    return Piece(value, domain, True, after)
+    return Piece(value, domain, True, after, messages)
