@@ -1,11 +1,14 @@
 """Does a model answer in exactly the words that are wanted? (chapter 11)"""
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 from minimoe.checkpoint import Run
-from minimoe.data.chat import Conversation
+from minimoe.data.chat import Conversation, docstring_questions
 from minimoe.data.tokenizer import END
+from minimoe.evaluate.benchmark import Measured
+from minimoe.evaluate.results import Scores
 from minimoe.generate import generate
 from minimoe.settings import need
 
@@ -32,3 +35,17 @@ def exact_match(run: Run, conversations: Sequence[Conversation], max_new_tokens:
             answers.append(run.tokenizer.decode(ids).strip().split("\n")[0].strip())
             outcomes.append(int(answers[-1] == messages[-1]["content"].strip()))
     return outcomes, answers
+
+
+def docstrings(run: Run, rng: random.Random, n: int) -> Measured:
+    """What a name of the library does: pairs that a run has learned, asked in wordings that it has not. ConfigError for a run
+    that learned none."""
+    need(run.config.data.supervised and any(s.corpus == "docstrings" for s in run.config.data.mixture),
+         f"{run.folder or 'this run'}: has not learned questions about docstrings; minimoe stages trains a run that has")
+    known = docstring_questions("test")
+    asked = rng.sample(known, min(n, len(known)))
+    outcomes, answers = exact_match(run, asked)
+    shown = [{"prompt": f"{c.wordings[0][-2]['content']} ", "written": answer, "right": c.wordings[0][-1]["content"]}
+             for c, answer in zip(asked[:5], answers)]
+    return Measured(scores=[Scores(metric="exact match", values=outcomes, chance=0.0)], samples=shown,
+                    note="pairs of a name and the first sentence of its docstring that fine-tuning has shown, in other wordings of the question")

@@ -259,7 +259,9 @@ def _sample(s: dict) -> str:
         marks = [("right" if i == s["right"] else "") + (", " if i == s["right"] == s["chosen"] else "") + ("chosen" if i == s["chosen"] else "")
                  for i in range(len(s["answers"]))]
         return s["context"] + "\n" + "\n".join(f"  {chr(65 + i)}) {a!r}{f'   <- {m}' if m else ''}" for i, (a, m) in enumerate(zip(s["answers"], marks)))
-    return f"{s['prompt']}▸{s['written']}" + (f"\n(right: {s['right']})" if "right" in s else "")
+    if "written" in s:
+        return f"{s['prompt']}▸{s['written']}" + (f"\n(right: {s['right']})" if "right" in s else "")
+    return "\n".join(f"{name}: {value}" for name, value in s.items())         # of somebody's own benchmark
 
 
 def _fenced(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from minimoe.config import EvaluateConfig
 from minimoe.evaluate.benchmark import Benchmark
 from minimoe.evaluate.choices import continuation, next_word
+from minimoe.evaluate.recall import docstrings
 from minimoe.evaluate.results import Result
 from minimoe.evaluate.text import text_scores, with_text
 from minimoe.evaluate.written import arithmetic, arithmetic_choice, letters, letters_choice, samples
@@ -26,6 +27,7 @@ OWN = (
     Benchmark(name="arithmetic_choice", function=arithmetic_choice),
     Benchmark(name="letters", function=letters),
     Benchmark(name="letters_choice", function=letters_choice),
+    Benchmark(name="docstrings", function=docstrings, questions=100, quick=10),
     Benchmark(name="samples", function=samples, questions=8, quick=2),
 )
 
