@@ -213,7 +213,7 @@ def test_a_model_of_conversations_is_asked_as_a_chat(monkeypatch, run):
     chat = replace(run, config=replace(run.config, data=DataConfig(supervised=True)))
     prompts = []
     monkeypatch.setattr(written, "generate", lambda model, ids, most, **o: prompts.extend(ids) or [
-        chat.tokenizer.encode(f"50 + 3 is {53 if i else 54}") for i, _ in enumerate(ids)])
+        chat.tokenizer.encode("50 + 3 is 53" if i else "not 53 but 54") for i, _ in enumerate(ids)])
     monkeypatch.setattr(written, "sum_of", lambda rng: ("50 + 3 =", " 53", "What is 50 + 3?"))
     measured = written.arithmetic(chat, random.Random(0), 4)
     assert prompts[0] == chat.tokenizer.chat([{"role": "user", "content": "What is 50 + 3?"}], reply=True)[0]
@@ -250,6 +250,8 @@ def test_what_a_run_cannot_be_asked_is_left_out_aloud_or_is_an_error():
     said, run = [], tiny_run(corpora=())
     found = evaluate(run, questions=4, say=said.append)
     assert {r.task for r in found} == {"arithmetic", "arithmetic_choice", "letters", "letters_choice"}
+    with pytest.raises(ConfigError, match="no task could be asked of it"):
+        evaluate(replace(run, tokenizer=None))
     assert len(said) == 4 and all("left out (this run: no held-out text: give one with --text-file" in line for line in said)
     with pytest.raises(ConfigError, match="no held-out text"):
         evaluate(run, ["continuation"])
@@ -284,6 +286,15 @@ def test_quick_evaluation_during_training(tmp_path):
     assert 0 <= flat(rows[1])["eval/letters/exact match/value"] <= 1
     assert all(torch.equal(a, b) for a, b in zip(measured.model.parameters(), plain.model.parameters()))
     assert load_config(tmp_path / "a" / "config.yaml").evaluate == config.evaluate
+
+
+def test_training_ends_with_the_whole_table(tmp_path, capsys):
+    flags = ("--mixture worlds --tokenizer bytes --dim 8 --n-layers 1 --n-heads 2 --n-experts 2 --top-k 1 --expert-hidden 8 --max-seq-len 64 "
+             "--steps 2 --batch-size 2 --device cpu --during letters_choice --tasks letters_choice --questions 8 --during-questions 4")
+    assert main(["train", "--out", str(tmp_path / "r"), *flags.split()]) == 0
+    assert re.search(r"\| letters_choice \| accuracy \| +[\d.]+ \| .+ \| +0.250 \| +8 \|", capsys.readouterr().out)
+    row = json.loads((tmp_path / "r" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert row["step"] == 2 and list(row["eval"]) == ["letters_choice"]
 
 
 def test_during_training_nothing_is_fetched_and_errors_come_first(tmp_path, monkeypatch):
