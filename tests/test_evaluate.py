@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -312,3 +314,32 @@ def test_folders_from_before_the_section_still_load():
     assert from_dict(Config, to_dict(config_of(tasks="perplexity"))).evaluate.tasks == ("perplexity",)
     with pytest.raises(ConfigError, match="during_questions=0: must be at least 1"):
         EvaluateConfig(during_questions=0)
+
+
+# --- the shipped model beside itself with shuffled weights -------------------------------------------------------------
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_what_was_recorded_of_shuffled_weights():
+    """Trained excludes chance on two tasks at least; shuffled, pooled over ten, contains it on every one."""
+    rows = json.loads((BENCHMARKS / "results" / "evaluate.json").read_text(encoding="utf-8"))["parts"]["shuffled"]["rows"]
+    assert {r["task"] for r in rows} == set(CHOICES)
+    assert len({r["task"] for r in rows if r["model"] == "trained" and r["low"] > 0.25}) >= 2
+    shuffled = [r for r in rows if r["model"] == "shuffled"]
+    assert len(shuffled) == 8 and all(r["low"] <= 0.25 <= r["high"] and len(r["each"]) == 10 for r in shuffled)
+    assert all(r["n"] >= 400 and r["half_width"] <= 0.05 for r in rows)
+    assert set(re.findall(r"\((shipped-.*?)\)", (BENCHMARKS / "reports" / "shipped.md").read_text(encoding="utf-8"))) == {
+        p.name for p in (BENCHMARKS / "reports").glob("*.svg")}
+
+
+def test_shuffling_keeps_values_and_loses_places(monkeypatch, run):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    pytest.importorskip("transformers", reason="the benchmarks record its version; install minimoe[hub]")
+    spec = importlib.util.spec_from_file_location("evaluate_benchmark", BENCHMARKS / "evaluate.py")
+    spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
+    other, again = script.shuffled(run, 3), script.shuffled(run, 3)
+    for a, b, c in zip(*(r.model.parameters() for r in (run, other, again))):
+        assert torch.equal(a.flatten().sort().values, b.flatten().sort().values) and torch.equal(b, c)
+        assert a.dim() == 1 or not torch.equal(a, b)
+    row = script.row("m", ("t", "accuracy"), [[1.0, 0.0, 0.0, 0.0] * 10, [0.0, 1.0, 0.0, 0.0] * 10])
+    assert (row["value"], row["n"], row["over_groups"], row["contains_chance"], row["each"]) == (0.25, 80, [0.25, 0.25], True, [0.25, 0.25])
