@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,7 +215,7 @@ def test_a_model_of_conversations_is_asked_as_a_chat(monkeypatch, run):
     chat = replace(run, config=replace(run.config, data=DataConfig(supervised=True)))
     prompts = []
     monkeypatch.setattr(written, "generate", lambda model, ids, most, **o: prompts.extend(ids) or [
-        chat.tokenizer.encode(f"50 + 3 is {53 if i else 54}") for i, _ in enumerate(ids)])
+        chat.tokenizer.encode("50 + 3 is 53" if i else "not 53 but 54") for i, _ in enumerate(ids)])
     monkeypatch.setattr(written, "sum_of", lambda rng: ("50 + 3 =", " 53", "What is 50 + 3?"))
     measured = written.arithmetic(chat, random.Random(0), 4)
     assert prompts[0] == chat.tokenizer.chat([{"role": "user", "content": "What is 50 + 3?"}], reply=True)[0]
@@ -250,6 +252,8 @@ def test_what_a_run_cannot_be_asked_is_left_out_aloud_or_is_an_error():
     said, run = [], tiny_run(corpora=())
     found = evaluate(run, questions=4, say=said.append)
     assert {r.task for r in found} == {"arithmetic", "arithmetic_choice", "letters", "letters_choice"}
+    with pytest.raises(ConfigError, match="no task could be asked of it"):
+        evaluate(replace(run, tokenizer=None))
     assert len(said) == 4 and all("left out (this run: no held-out text: give one with --text-file" in line for line in said)
     with pytest.raises(ConfigError, match="no held-out text"):
         evaluate(run, ["continuation"])
@@ -286,6 +290,15 @@ def test_quick_evaluation_during_training(tmp_path):
     assert load_config(tmp_path / "a" / "config.yaml").evaluate == config.evaluate
 
 
+def test_training_ends_with_the_whole_table(tmp_path, capsys):
+    flags = ("--mixture worlds --tokenizer bytes --dim 8 --n-layers 1 --n-heads 2 --n-experts 2 --top-k 1 --expert-hidden 8 --max-seq-len 64 "
+             "--steps 2 --batch-size 2 --device cpu --during letters_choice --tasks letters_choice --questions 8 --during-questions 4")
+    assert main(["train", "--out", str(tmp_path / "r"), *flags.split()]) == 0
+    assert re.search(r"\| letters_choice \| accuracy \| +[\d.]+ \| .+ \| +0.250 \| +8 \|", capsys.readouterr().out)
+    row = json.loads((tmp_path / "r" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert row["step"] == 2 and list(row["eval"]) == ["letters_choice"]
+
+
 def test_during_training_nothing_is_fetched_and_errors_come_first(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "OWN", (replace(find("letters"), name="far", local=False),))
     with pytest.raises(ConfigError, match="far may need data from elsewhere"):
@@ -301,3 +314,32 @@ def test_folders_from_before_the_section_still_load():
     assert from_dict(Config, to_dict(config_of(tasks="perplexity"))).evaluate.tasks == ("perplexity",)
     with pytest.raises(ConfigError, match="during_questions=0: must be at least 1"):
         EvaluateConfig(during_questions=0)
+
+
+# --- the shipped model beside itself with shuffled weights -------------------------------------------------------------
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_what_was_recorded_of_shuffled_weights():
+    """Trained excludes chance on two tasks at least; shuffled, pooled over ten, contains it on every one."""
+    rows = json.loads((BENCHMARKS / "results" / "evaluate.json").read_text(encoding="utf-8"))["parts"]["shuffled"]["rows"]
+    assert {r["task"] for r in rows} == set(CHOICES)
+    assert len({r["task"] for r in rows if r["model"] == "trained" and r["low"] > 0.25}) >= 2
+    shuffled = [r for r in rows if r["model"] == "shuffled"]
+    assert len(shuffled) == 8 and all(r["low"] <= 0.25 <= r["high"] and len(r["each"]) == 10 for r in shuffled)
+    assert all(r["n"] >= 400 and r["half_width"] <= 0.05 for r in rows)
+    assert set(re.findall(r"\((shipped-.*?)\)", (BENCHMARKS / "reports" / "shipped.md").read_text(encoding="utf-8"))) == {
+        p.name for p in (BENCHMARKS / "reports").glob("*.svg")}
+
+
+def test_shuffling_keeps_values_and_loses_places(monkeypatch, run):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    pytest.importorskip("transformers", reason="the benchmarks record its version; install minimoe[hub]")
+    spec = importlib.util.spec_from_file_location("evaluate_benchmark", BENCHMARKS / "evaluate.py")
+    spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
+    other, again = script.shuffled(run, 3), script.shuffled(run, 3)
+    for a, b, c in zip(*(r.model.parameters() for r in (run, other, again))):
+        assert torch.equal(a.flatten().sort().values, b.flatten().sort().values) and torch.equal(b, c)
+        assert a.dim() == 1 or not torch.equal(a, b)
+    row = script.row("m", ("t", "accuracy"), [[1.0, 0.0, 0.0, 0.0] * 10, [0.0, 1.0, 0.0, 0.0] * 10])
+    assert (row["value"], row["n"], row["over_groups"], row["contains_chance"], row["each"]) == (0.25, 80, [0.25, 0.25], True, [0.25, 0.25])

@@ -73,7 +73,8 @@ def train(argv: list[str]) -> None:
     if args.plot:
         print(f"drawn in {run.plot().save(out / 'plot.svg')}")
     if evaluate_with and rows and rows[-1]["step"] == run.config.train.steps:
-        print("\n" + table(evaluate(load(out), say=print)))       # the weights that are kept
+        kept = load(out, str(run.model.embedding.weight.device))        # the weights that stay, and the text that has been read
+        print("\n" + table(evaluate(dataclasses.replace(kept, corpora=run.corpora), say=print)))
     if rows:
         print(f"{rows[-1]['tokens']:,} tokens in {rows[-1]['seconds']:.0f} s of training; saved {out}\n"
               f'next: minimoe generate {out} --prompt "The for statement"')

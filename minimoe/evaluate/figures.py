@@ -44,11 +44,11 @@ def intervals(runs: Sequence[tuple[str, Sequence[Result]]]) -> Figure | None:
         rows = {key: found for key, found in drawn.items() if (found[0][1].better == "lower") == lower}
         if not rows:
             continue
-        title = "less is better, as a share of the chance level" if lower else "more is better"
-        body.append(words(NAMES, y + 4, title, MUTED, 12))
+        body.append(words(NAMES, y + 4, "less is better, as a share of the chance level" if lower else "more is better", MUTED, 12))
         top, y = y + 12, y + 24
         for (task, metric), found in rows.items():
-            body.append(words(NAMES - 12, y + 4, f"{task} {metric}" if task != metric else task, INK, 12, "end"))
+            title = f"{task} {metric}" if task != metric else task
+            body.append(words(NAMES - 12, y + 4, title, INK, 12, "end"))
             for i, r in found:
                 unit, color = (r.chance if lower else 1.0), PALETTE[i % 8]
                 if r.low is not None:
@@ -57,7 +57,7 @@ def intervals(runs: Sequence[tuple[str, Sequence[Result]]]) -> Figure | None:
                     body.append(f'<path d="M{place(r.chance / unit):.1f} {y - 7}v14" stroke="{MUTED}" stroke-width="2"/>')
                 body.append(f'<circle data-task="{task}" cx="{place(r.value / unit):.1f}" cy="{y}" r="4.5" fill="{color}" stroke="{PAPER}"/>'
                             + words(RIGHT + 16, y + 4, f"{number(r.value)}  {f'({span(r)})' if span(r) else ''}", MUTED, 11))
-                said.append((f"{runs[i][0]}: " if len(runs) > 1 else "") + f"{task} {metric} {number(r.value)}"
+                said.append((f"{runs[i][0]}: " if len(runs) > 1 else "") + f"{title} {number(r.value)}"
                             + (f" ({span(r)})" if span(r) else "") + (f", chance {number(r.chance)}" if r.chance is not None else ""))
                 y += ROW
         for v in ticks(0, 1):

@@ -117,6 +117,8 @@ def summary(page: Page) -> str:
 
 
 def _words(results: Sequence[Result]) -> str:
+    results = [r for i, r in enumerate(results) if (r.task, r.value, r.low, r.chance) not in
+               {(o.task, o.value, o.low, o.chance) for o in results[:i]}]           # acc_norm where it must be the accuracy
     said = {verdict: [f"{_title(r)} {number(r.value)} (chance {number(r.chance)})" for r in results if r.verdict == verdict]
             for verdict in ("better", "worse", "not told apart")}
     lines = []
@@ -133,7 +135,7 @@ def _words(results: Sequence[Result]) -> str:
         lines.append("Without a chance level or an interval, to be read beside others only: " + ", ".join(rest) + ".")
     wide = [(r.high - r.low) / 2 for r in results if r.low is not None and r.better == "higher" and r.chance is not None]
     if wide:
-        lines.append(f"Half an interval is {number(max(wide))} at most: differences smaller than that between two models say nothing here.")
+        lines.append(f"Half an interval is {number(max(wide))} at most: a smaller difference between two models may be chance.")
     return "\n\n".join(lines)
 
 

@@ -66,6 +66,7 @@ def evaluate(run: Run, tasks: Sequence[str | Benchmark] | None = None, *, quick:
             if named is not None:
                 raise
             say(f"{b.name}: left out ({error})")
+    need(results or scores, f"{run.folder or 'this run'}: no task could be asked of it; name one with --tasks, or tasks=, to see why")
     return results + scores
 
 

@@ -29,6 +29,8 @@ FEW = 10        # documents: with fewer, pieces of them are the items of the boo
 def held_out(run: Run) -> tuple[Corpus, ...]:
     """The held-out documents of a run: those it was trained beside, those that lie in its folder, or else read again from the
     sources in its config. ConfigError where there are none."""
+    need(run.corpora or not run.config.data.supervised, f"{run.folder or 'this run'}: learned conversations, of which no text is held "
+         "out to be read on: give one with --text-file, or text=")
     if run.corpora is not None:
         corpora = run.corpora
     elif run.folder and (run.folder / "text.jsonl.xz").is_file():
