@@ -72,13 +72,14 @@ def train(argv: list[str]) -> None:
     if best:
         from minimoe.data.loader import load_data, xz_bits_per_byte
 
-        data = load_data(args.settings.data, run.tokenizer)
-        small = all(c.train for c in data.corpora) and sum(len(d.text) for c in data.corpora for d in c.train) < XZ_LIMIT
-        for corpus in (c for c in data.corpora if c.name in best["val"]):
-            print(f"held-out {corpus.name}: {best['val'][corpus.name]:.3f} bits per byte at step {best['step']}" + (
-                f"; xz -9e, given all training text, {xz_bits_per_byte(data, corpus):.3f}" if small else ""))
+        data = None if args.settings.data.supervised else load_data(args.settings.data, run.tokenizer)
+        corpora = {c.name: c for c in data.corpora} if data else {}
+        small = all(c.train for c in corpora.values()) and sum(len(d.text) for c in corpora.values() for d in c.train) < XZ_LIMIT
+        for name, bits in best["val"].items():
+            print(f"held-out {name}: {bits:.3f} bits per byte at step {best['step']}" + (
+                f"; xz -9e, given all training text, {xz_bits_per_byte(data, corpora[name]):.3f}" if small and data else ""))
     if args.plot:
         print(f"drawn in {run.plot().save(out / 'plot.svg')}")
     if rows:
-        print(f"{rows[-1]['tokens']:,} tokens in {rows[-1]['seconds']:.0f} s of training; saved {out}\n"
-              f'next: minimoe generate {out} --prompt "The for statement"')
+        then = f"chat {out}" if args.settings.data.supervised else f'generate {out} --prompt "The for statement"'
+        print(f"{rows[-1]['tokens']:,} tokens in {rows[-1]['seconds']:.0f} s of training; saved {out}\nnext: minimoe {then}")
