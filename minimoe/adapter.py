@@ -7,6 +7,9 @@ puts the adapter on that. Two things are joined here and apart there, or the oth
     w13 of a dense layer       one A, one B (F, R)         gate_proj and up_proj: the same A twice, B cut in two
     an expert tensor           A (E, D, R), B (E, R, F)    one matrix each, (E R, D) and (F, R E), under target_parameters
 
+PEFT 0.21 cannot read one thing: dense layers' w13 of a Qwen3-MoE model (`n_dense_first`), whose gate_proj it takes for one of
+the experts. Here it loads.
+
 Shapes: D width in, F width out, R rank, E experts.
 """
 from __future__ import annotations
@@ -43,7 +46,7 @@ def save_adapter(folder: str | Path, model: MoETransformer) -> None:
     >>> model.blocks[0].attention.q.lora_A.shape
     torch.Size([2, 8])
     """
-    modules, tensors = adapted(model), {}
+    tensors = {}
     with_adapter = {full: (m, name) for full, m, name in _weights(model)
                     if hasattr(m, "parts") and hasattr(m, m.parts[name][0])}
     need(with_adapter, "this model has no adapters to save: add_lora first")

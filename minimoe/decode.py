@@ -37,7 +37,7 @@ class Decoder:
         self.model, self.heads, self.kv_heads, self.head_size = model, cfg.n_heads, cfg.kv_heads, cfg.head_size
         self.softmax = cfg.router == "softmax" and cfg.balance != "bias"
         self.choices = cfg.top_k, cfg.norm_topk
-        self.own = all(_is_own(block) for block in model.blocks)
+        self.own = type(model.head) is nn.Linear and all(_is_own(block) for block in model.blocks)
         self.layers = [Layer(block) for block in model.blocks] if self.own else []
         self.final_norm, self.head_DV = _norm(model.norm), model.head.weight.t()
         self.turns = model.positions is None
@@ -122,7 +122,7 @@ class Layer:
 @torch.no_grad()
 def lay_out_for_decoding(model: MoETransformer) -> MoETransformer:
     """Stores the matrices of `nn.Linear` transposed in memory, q, k and v side by side, in place; names, shapes and values
-    stay. Bound by reading, one sequence on one thread is written a tenth faster (LOG.md). `load` does it; training does
+    stay, and what has an adapter or four bits stays as it is. Bound by reading, one sequence on one thread is written a tenth faster (LOG.md). `load` does it; training does
     not, where it would change the rounding.
 
     >>> from minimoe.config import ModelConfig
@@ -131,9 +131,9 @@ def lay_out_for_decoding(model: MoETransformer) -> MoETransformer:
     (1, 9)
     """
     for module in model.modules():              # an attention comes before its own matrices
-        if isinstance(module, nn.Linear) and module.weight.stride(0) != 1:
+        if type(module) is nn.Linear and module.weight.stride(0) != 1:
             module.weight.data = module.weight.data.t().contiguous().t()
-        if isinstance(module, Attention):
+        if isinstance(module, Attention) and all(type(p) is nn.Linear for p in (module.q, module.k, module.v)):
             parts = (module.q, module.k, module.v)
             joined_DX = torch.cat([p.weight.data.t() for p in parts], dim=1)
             for part, w_DX in zip(parts, joined_DX.split([p.out_features for p in parts], dim=1)):

@@ -25,6 +25,7 @@ from minimoe.checkpoint import write_safely
 from minimoe.config import ModelConfig
 from minimoe.data.tokenizer import Tokenizer
 from minimoe.decode import lay_out_for_decoding
+from minimoe.lora import adapted
 from minimoe.model import MoETransformer
 from minimoe.settings import ConfigError, need
 
@@ -293,6 +294,7 @@ def save_hf(model: MoETransformer, folder: str | Path, tokenizer: Tokenizer | No
     'LlamaForCausalLM'
     ['config.json', 'model.safetensors']
     """
+    need(not adapted(model), "this model has adapters: merge them first (minimoe.lora.merge), or save them alone with save_adapter")
     cfg, folder, name, end = model.cfg, Path(folder), _choose(model.cfg), None
     arch, linear = ARCHITECTURES[name], {"factor": cfg.rope_factor} if cfg.rope_scaling == "linear" else {}
     raw = {"architectures": [name], "model_type": arch.model_type, "hidden_act": "silu",

@@ -118,7 +118,11 @@ ADAPTED = (LoraLinear, LoraExperts)
 
 
 def adapted(model: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
-    """The modules that `add_lora` has changed, by name."""
+    """The modules that `add_lora` has changed, by name.
+
+    >>> adapted(nn.Linear(2, 3))
+    {}
+    """
     return {name: m for name, m in model.named_modules() if isinstance(m, ADAPTED)}
 
 
@@ -192,7 +196,11 @@ def add_lora(model: MoETransformer, *, rank: int = 8, alpha: float = 16.0, dropo
 
 
 def trainable_share(model: nn.Module) -> tuple[int, int]:
-    """(parameters that are trained, all parameters, adapters included) (PEFT: `get_nb_trainable_parameters`)."""
+    """(parameters that are trained, all parameters, adapters included) (PEFT: `get_nb_trainable_parameters`).
+
+    >>> trainable_share(nn.Linear(2, 3).requires_grad_(False))
+    (0, 9)
+    """
     frozen = sum(q.numel() for q in model.modules() if isinstance(q, NF4))
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, learns in numbers if learns), frozen + sum(n for n, _ in numbers)
@@ -275,7 +283,11 @@ def remove(model: MoETransformer) -> MoETransformer:
 
 
 def merged(model: MoETransformer) -> MoETransformer:
-    """A merged copy, or the model itself where nothing is adapted."""
+    """A merged copy, or the model itself where nothing is adapted.
+
+    >>> merged(model := nn.Linear(2, 3)) is model
+    True
+    """
     return merge(copy.deepcopy(model)) if adapted(model) else model
 
 

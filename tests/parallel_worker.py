@@ -33,6 +33,7 @@ CASES = {
     "per sequence, capacity, two tokens ahead": (dataclasses.replace(MODEL, aux_scope="sequence", capacity_factor=1.0, n_predict=2, aux_coef=0.1), {"recompute": "blocks"}),
     "expert choice, first layer dense": (dataclasses.replace(MODEL, router="expert_choice", balance="none", n_dense_first=1, n_layers=3), {"recompute": "experts"}),
     "SimBal, one router": (dataclasses.replace(MODEL, balance="simbal", share_router=True), {}),
+    "adapters": (MODEL, {"method": "lora", "lora_targets": ("q", "experts.w13", "w2"), "lora_rank": 4}),       # ddp only
 }
 
 
@@ -110,7 +111,7 @@ def rank_of(size: int, rank: int, port: int, folder: Path) -> None:
     else:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         found = {"losses": {f"{kind}: {name}": losses(name, kind) for kind in KINDS for name, (model, _) in CASES.items()
-                            if not (kind == "fsdp" and model.share_router)}}
+                            if not (kind == "fsdp" and model.share_router) and (kind == "ddp" or name != "adapters")}}
         found["sent"] = {kind: sent(kind) for kind in KINDS} if Path("/proc/self/fd").is_dir() else None
         for out in sorted(folder.glob(f"*-in-{size}")):
             found[out.name] = resumed(out, out.name.split("-")[0], 2 * QUARTER if size == 4 else None)
