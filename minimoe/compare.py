@@ -183,6 +183,7 @@ def cost_per_step(config: Config, data: TextData, equal: Equal) -> float:
     seq_len = train.seq_len or model.max_seq_len
     tokens = train.batch_size * train.accumulate * seq_len
     if equal == "bytes":
+        need(data.rows is None, "equal=bytes: of conversations only the answers are learned; take flops or active")
         need(all(c.train for c in data.corpora), "equal=bytes: how many bytes a token has is known of texts that are read whole, "
              "not of streams, shards or .npy files; take flops or active")
         per_token = [sum(len(d.text.encode()) for d in c.train) / len(s.tokens)

@@ -177,6 +177,12 @@ def test_files_of_other_shapes(tmp_path):
     every = [c.wordings[0] for c in (*found.train, *found.held_out)]
     assert len(every) == 12 and found.held_out and ({"role": "user", "content": "q3"}, {"role": "assistant", "content": "a3"}) in every
     assert load_corpus(str(path)).train[0].text.startswith("human: q")           # as plain text: as it was
+    pq = pytest.importorskip("pyarrow.parquet", reason="parquet needs minimoe[data]")
+    from pyarrow import Table
+
+    pq.write_table(Table.from_pylist([{"turns": turns(i), "text": "no"} for i in range(12)]), tmp_path / "share.parquet")
+    again = load_conversations(Source(corpus=str(tmp_path / "share.parquet"), field="turns"))
+    assert [c.wordings for c in (*again.train, *again.held_out)] == [c.wordings for c in (*found.train, *found.held_out)]
 
 
 def test_what_is_no_conversation_is_refused(file, tmp_path):

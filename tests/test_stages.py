@@ -1,7 +1,11 @@
 """Stages: handed over, finished ones left alone, interrupted ones resumed exactly; and `train --init`."""
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,8 +113,6 @@ def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(stage, step, wh
 
 
 def test_other_settings_or_other_weights_are_refused(whole, write, tmp_path):
-    import shutil
-
     out = tmp_path / "runs"
     shutil.copytree(whole, out)
     with pytest.raises(ConfigError, match=r"^mid was made with other settings: lr was 0.0005, is 0.1; put it back, remove .*mid to run"):
@@ -214,3 +216,29 @@ def test_the_config_that_ships():
     assert not text & {"docstrings", "worlds"}      # what is asked about later has not been read as questions, or as sums
     assert "minimoe stages" in (ROOT / "configs" / "stages.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert to_dict(config)["model"]["dim"] == 192
+
+
+def test_training_on_conversations_from_the_command_line(whole, files, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "--init", str(whole / "mid"), "--mixture", files["chats"], "--supervised", "True", "--steps", "2", "--batch-size",
+                 "2", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    learned, measured = map(int, re.search(r"(\d+) to learn and (\d+) to measure, a row of 24 tokens each", shown).groups())
+    assert learned + measured == 30 and measured and "held-out chats: " in shown
+    assert f"next: minimoe chat {out}" in shown
+
+
+def test_the_benchmark_runs(tmp_path):
+    """From one end to the other with a tiny model; what was recorded stays as it is."""
+    out, kept = tmp_path / "stages.json", ROOT / "benchmarks" / "results" / "stages.json"
+    before = kept.read_bytes() if kept.exists() else None
+    command = [sys.executable, str(ROOT / "benchmarks" / "stages.py"), "--quick", "--only", "stages", "lora", "--dir", str(tmp_path / "runs"),
+               "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=500, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(out.read_text(encoding="utf-8"))["parts"]
+    assert set(parts["stages"]["runs"]) == set(room.ORDER) and set(parts["lora"]["runs"]) == {"lora"}
+    for run in (*parts["stages"]["runs"].values(), *parts["lora"]["runs"].values()):
+        assert list(run) == ["recall", "trained wording", "never seen", "sums"]
+        assert all(x["n"] == len(x["outcomes"]) == 4 and x["interval"][0] <= x["share"] <= x["interval"][1] for x in run.values())
+    assert (kept.read_bytes() if kept.exists() else None) == before and "of_full" in done.stdout

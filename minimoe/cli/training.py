@@ -76,5 +76,5 @@ def train(argv: list[str]) -> None:
         kept = load(out, str(run.model.embedding.weight.device))        # the weights that stay, and the text that has been read
         print("\n" + table(evaluate(dataclasses.replace(kept, corpora=run.corpora), say=print)))
     if rows:
-        print(f"{rows[-1]['tokens']:,} tokens in {rows[-1]['seconds']:.0f} s of training; saved {out}\n"
-              f'next: minimoe generate {out} --prompt "The for statement"')
+        then = f"chat {out}" if args.settings.data.supervised else f'generate {out} --prompt "The for statement"'
+        print(f"{rows[-1]['tokens']:,} tokens in {rows[-1]['seconds']:.0f} s of training; saved {out}\nnext: minimoe {then}")

@@ -260,11 +260,12 @@ def in_shares(corpora: list[Corpus], ratios: list[float]) -> list[str]:
 
 def held_out_lines(rows: list[dict], data: TextData) -> list[str]:
     """The bits per byte of each corpus where the whole was best, beside the yardstick for what can be read through."""
-    best = min((r for r in rows if "val_bpb" in r), key=lambda r: r["val_ce"], default=None)
-    small = all(c.train for c in data.corpora) and sum(len(d.text) for c in data.corpora for d in c.train) < XZ_LIMIT
-    return [f"held-out {c.name}: {best['val'][c.name]:.3f} bits per byte at step {best['step']}" + (
-        f"; xz -9e, given all training text, {xz_bits_per_byte(data, c):.3f}" if small else "")
-        for c in data.corpora if best and c.name in best["val"]]
+    best = min((r for r in rows if "val_bpb" in r), key=lambda r: r["val_ce"], default={"val": {}})
+    read, corpora = sum(len(d.text) for c in data.corpora for d in c.train), {c.name: c for c in data.corpora}
+    small = all(c.train for c in data.corpora) and read < XZ_LIMIT          # and conversations are no text
+    return [f"held-out {name}: {bits:.3f} bits per byte at step {best['step']}" + (
+        f"; xz -9e, given all training text, {xz_bits_per_byte(data, corpora[name]):.3f}" if small and name in corpora else "")
+        for name, bits in best["val"].items()]
 
 
 def xz_bits_per_byte(data: TextData, corpus: Corpus) -> float:
