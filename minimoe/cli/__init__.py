@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from minimoe.cli.chatting import chat
 from minimoe.cli.comparing import compare
 from minimoe.cli.convert import export, import_folder
 from minimoe.cli.data import data
@@ -19,7 +20,7 @@ from minimoe.track import colored
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train, "generate": generate, "doctor": doctor, "info": info, "import": import_folder, "export": export,
-    "compare": compare, "data": data}
+    "compare": compare, "data": data, "chat": chat}
 
 
 def main(argv: list[str] | None = None) -> int:
