@@ -145,7 +145,7 @@ def make_app(service: Service, host: str = "127.0.0.1", port: int = 7860):
         app.add_route(path, handler, methods=[method])
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     gr.mount_gradio_app(app, make_page(service), path="/", server_name=host, server_port=port, ssr_mode=False, run_history=False,
-                        theme=theme, css=CSS, footer_links=["settings", {"label": "For programs", "url": "/programs"}])
+                        theme=theme, css=CSS, footer_links=["settings"])
     app.add_middleware(Guard, service=service)
     return app
 

@@ -13,8 +13,15 @@ from minimoe.settings import ConfigError
 if TYPE_CHECKING:
     import gradio
 
+EMPTY = "Ask something, or begin a text that the model goes on with."
+EXAMPLES = ("What does math.sqrt do?", "The for statement", "def mean(values):")
 CSS = """
-.gradio-container { max-width: 1200px !important; }
+.message-content, .message-content .md { white-space: pre-wrap !important; overflow-wrap: anywhere; }
+.placeholder-content { padding: 0 1rem; text-align: center; }
+@media (max-width: 700px) {     /* the threads above, in a list that scrolls; the chat takes the rest */
+  .row:has(.bubble-wrap) { flex-direction: column; flex-wrap: nowrap; }
+  .row:has(.bubble-wrap) > .column:first-child { flex: none !important; max-height: 25vh; overflow-y: auto; padding-right: 1.5rem; }
+}
 """
 
 
@@ -57,34 +64,47 @@ def make_page(service: Service) -> gradio.Blocks:
     def choices() -> list[tuple[str, str]]:
         found = []
         for name, m in models().items():
-            label = f"{name} ({_count(m['active_params'])} of {_count(m['params'])} parameters active)"
-            found += [(label, f"{name}@"), *((f"{name}, step {step}", f"{name}@{step}") for step in m["steps"])]
+            found += [(name, f"{name}@"), *((f"{name}, step {step}", f"{name}@{step}") for step in m["steps"])]
         return found
 
     def defaults(model: str) -> tuple[float, int, float, int, str]:
         m = models()[model.rpartition("@")[0]]
         g = m["defaults"]
         return (g["temperature"], g["sample_top_k"] or 0, g["top_p"] or 1, min(g["max_new_tokens"], limits.max_tokens),
-                "" if m["chat"] else f"{BASE[0].upper()}{BASE[1:]}.")
+                f"{_count(m['params'])} parameters, {_count(m['active_params'])} active per token."
+                + ("" if m["chat"] else f" {BASE[0].upper()}{BASE[1:]}."))
+
+    def again(shown: list | None, threads: list) -> tuple:
+        index = shown[0] if shown else None
+        thread = threads[index] if index is not None and index < len(threads or []) else []
+        return index if thread else None, thread, thread, thread
 
     first = f"{service.first}@{service.step or ''}"
     temperature, top_k, top_p, length, note = defaults(first)
     with gr.Blocks(title="minimoe chat", fill_height=True, analytics_enabled=False) as page:
-        with gr.Sidebar(position="right", open=True, width=300):
+        shown = gr.BrowserState(None, storage_key="minimoe-shown", secret="minimoe")
+        with gr.Sidebar(position="right", open=False, width=300):       # on a phone it would hide the page
             model = gr.Dropdown(choices(), value=first, label="Model")
             about = gr.Markdown(note)
-            sliders = [gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0 takes the likeliest token always"),
-                       gr.Slider(0, 200, top_k, step=1, label="Top-k", info="0 draws among all tokens"),
-                       gr.Slider(0.05, 1, top_p, step=0.05, label="Top-p", info="1 draws among all tokens"),
-                       gr.Slider(1, limits.max_tokens, length, step=1, label="Length", info="tokens of an answer at most")]
+            sliders = [gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: always the likeliest token"),
+                       gr.Slider(0, 200, top_k, step=1, label="Top-k", info="0: among all tokens"),
+                       gr.Slider(0.05, 1, top_p, step=0.05, label="Top-p", info="1: among all tokens"),
+                       gr.Slider(1, limits.max_tokens, length, step=1, label="Length", info="most tokens of an answer")]
+            gr.HTML('<a href="/programs">For programs</a>')
         chat = gr.ChatInterface(
-            respond, chatbot=gr.Chatbot(render_markdown=False, scale=1, show_label=False, buttons=["copy"], layout="bubble",
-                                        placeholder="Ask something."),
-            additional_inputs=[model, *sliders], save_history=True, concurrency_limit=limits.parallel, api_visibility="private",
-            analytics_enabled=False, fill_height=True)
+            respond, chatbot=gr.Chatbot(render_markdown=False, scale=1, show_label=False, buttons=["copy"], placeholder=EMPTY),
+            examples=[[text] for text in EXAMPLES], run_examples_on_click=False, additional_inputs=[model, *sliders], save_history=True,
+            concurrency_limit=limits.parallel, api_visibility="private", analytics_enabled=False, fill_height=True)
+        # gradio would lock them with a new secret at each start, and lose them
         chat.saved_conversations.storage_key, chat.saved_conversations.secret = "minimoe-chats", "minimoe"
-        model.change(defaults, model, [*sliders, about], api_visibility="private", queue=False, show_progress="hidden")
-        page.load(lambda: gr.update(choices=choices()), None, model, api_visibility="private", queue=False)
+        quiet = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+        model.change(defaults, model, [*sliders, about], **quiet)
+        page.load(lambda: gr.update(choices=choices()), None, model, **quiet)
+        page.load(None, js="() => { if (innerWidth >= 900) document.querySelector('.sidebar .toggle-button').click() }")
+        keep = {"fn": lambda index: [index], "inputs": chat.conversation_id, "outputs": shown, **quiet}
+        gr.on([chat.saved_conversations.change, chat.chatbot_value.change], **keep)
+        page.load(again, [shown, chat.saved_conversations],
+                  [chat.conversation_id, chat.chatbot, chat.chatbot_state, chat.chatbot_value], **quiet).then(**keep)
     return page.queue(max_size=limits.waiting, api_open=False, default_concurrency_limit=None)
 
 
