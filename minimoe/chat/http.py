@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from html import escape
+from pathlib import Path
 
 from minimoe.chat.page import CSS, import_gradio, make_page
 from minimoe.chat.service import Busy, NotThere, OutOfTime, Question, Service, paced
@@ -14,41 +15,9 @@ from minimoe.settings import ConfigError, from_dict
 
 PAGE_BYTES = 8 << 20        # of a request of the page, which may send all threads that the browser keeps
 
-HEALTH = "curl -s {base}/health"
-MODELS = "curl -s {base}/models"
-CURL = """curl -sN {base}/generate -H 'Content-Type: application/json' \\
-  -d '{{"prompt": "The for statement", "max_new_tokens": 40}}'"""
-PYTHON = """import json
-from urllib.request import Request, urlopen
-
-question = {{"messages": [{{"role": "user", "content": "What does math.sqrt do?"}}], "max_new_tokens": 40}}
-request = Request("{base}/generate", json.dumps(question).encode(), {{"Content-Type": "application/json"}})
-with urlopen(request) as answer:
-    for line in answer:
-        if line.startswith(b"data: "):
-            event = json.loads(line[6:])
-            print(event.get("text", ""), end="", flush=True)
-print()"""
-PROGRAMS = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>minimoe for programs</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>:root {{ color-scheme: light dark }} body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto;
-padding: 0 1rem }} pre {{ overflow-x: auto; padding: .8rem; border: 1px solid #8886; border-radius: .5rem }}</style></head><body>
-<h1>For programs</h1><p>What the <a href="/">chat page</a> can do, over HTTP.</p>
-<h2>GET /health</h2><p>Whether the server answers, and how many questions wait.</p><pre>{health}</pre>
-<h2>GET /models</h2><p>The runs with their kept steps, sizes and default options; <code>chat</code> says whether one knows turns.</p>
-<pre>{models}</pre>
-<h2>POST /generate</h2><p>A JSON object with either <code>prompt</code>, a text to go on from, or <code>messages</code>, a list of
-{{"role": user, assistant or system, "content": text}}; and if you like <code>run</code> and <code>step</code> (from /models),
-<code>max_new_tokens</code> (at most {tokens}), <code>temperature</code> (0 takes the likeliest token always), <code>top_k</code>,
-<code>top_p</code>, <code>stop</code> (a list of texts) and <code>seed</code>. At most {characters} characters.</p>
-<p>The answer is a stream of server-sent events: <code>data: {{"text": …}}</code> for each piece, at last
-<code>data: {{"done": true}}</code>, with a <code>note</code> where the time of {seconds} s was over. What cannot be answered gets one
-line <code>{{"error": …}}</code> with the status 400, 404 (no such run), 413, 415 or 429 (too many at once).</p>
-<h3>curl</h3><pre>{curl}</pre><h3>Python</h3><pre>{python}</pre></body></html>"""
-
 
 class Guard:
-    """Refuses what is too long before it is in memory, and uploads, which the page does not use."""
+    """Refuses what is too long before it is in memory, uploads, which the page does not use, and what breaks gradio."""
 
     def __init__(self, app: Callable, service: Service):
         self.app, self.own_bytes = app, 12 * service.limits.max_prompt + 65536      # 12: a character as JSON spells it at worst
@@ -59,6 +28,7 @@ class Guard:
         from starlette.responses import JSONResponse
 
         most, read, started = self.own_bytes if scope["path"] == "/generate" else PAGE_BYTES, 0, False
+        too_long = f"a request may have {most:,} bytes"
         refuse = lambda status, text: JSONResponse({"error": text}, status)(scope, receive, send)
 
         async def counted() -> dict:
@@ -66,27 +36,29 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > most:
-                raise _TooLong
+                raise _Refused(413, too_long)
             return message
 
         async def watched(message: dict) -> None:
             nonlocal started
+            if message.get("status") == 500 and scope["path"].startswith("/gradio_api/"):
+                raise _Refused(400, "not a request that the page makes")
             started = True
             await send(message)
 
+        length = dict(scope["headers"]).get(b"content-length", b"0")
         if scope["path"].startswith("/gradio_api/upload"):
             return await refuse(404, "nothing can be uploaded here")
-        length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > most:
-            return await refuse(413, f"{int(length):,} bytes: a request may have {most:,}")
+            return await refuse(413, too_long)
         try:
             await self.app(scope, counted, watched)
-        except _TooLong:
+        except _Refused as refused:
             if not started:
-                await refuse(413, f"a request may have {most:,} bytes")
+                await refuse(*refused.args)
 
 
-class _TooLong(Exception):
+class _Refused(Exception):
     pass
 
 
@@ -101,17 +73,17 @@ def make_app(service: Service, host: str = "127.0.0.1", port: int = 7860):
     app, limits = FastAPI(openapi_url=None), service.limits
 
     async def health(request):
-        return JSONResponse({"status": "ok", "waiting": service.waiting})
+        return JSONResponse({"status": "ok", "writing": service.writing, "waiting": service.waiting})
 
     async def models(request):
         return JSONResponse({"models": await run_in_threadpool(service.models)})
 
     async def programs(request):
-        base = str(request.base_url).rstrip("/")
-        parts = {name: escape(text.format(base=base), quote=False)
-                 for name, text in (("health", HEALTH), ("models", MODELS), ("curl", CURL), ("python", PYTHON))}
-        return HTMLResponse(PROGRAMS.format(**parts, tokens=limits.max_tokens, characters=f"{limits.max_prompt:,}",
-                                            seconds=f"{limits.max_seconds:g}"))
+        text = Path(__file__).with_name("programs.html").read_text(encoding="utf-8")
+        for name, value in (("BASE", escape(str(request.base_url).rstrip("/"))), ("TOKENS", limits.max_tokens),
+                            ("CHARACTERS", limits.max_prompt), ("SECONDS", f"{limits.max_seconds:g}")):
+            text = text.replace(name, str(value))
+        return HTMLResponse(text)
 
     async def generate(request):
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":

@@ -95,15 +95,15 @@ class Service:
     """The runs under runs/, the shipped one, and `first`, which is the default; each is loaded when it is first asked for.
 
     >>> service = Service("shipped")
-    >>> "".join(service.answer(Question(prompt="The for", max_new_tokens=3, temperature=0)))
-    'k()'
+    >>> service.models()[0]["run"], len(list(service.answer(Question(prompt="The for", max_new_tokens=3))))
+    ('shipped', 3)
     """
 
     def __init__(self, first: str, step: int | None = None, device: str = "cpu", limits: Limits | None = None,
                  runs: Path = Path("runs")):
         self.first, self.step, self.device, self.limits, self.folder = str(Path(first)), step, device, limits or Limits(), runs
         self.lock, self.places = threading.Lock(), threading.Semaphore(self.limits.parallel)
-        self.waiting, self.loaded = 0, {}
+        self.writing, self.waiting, self.loaded = 0, 0, {}
 
     def runs(self) -> dict[str, Path]:
         """The name and the folder of every run, the default one first."""
@@ -190,9 +190,13 @@ class Service:
             finally:
                 with self.lock:
                     self.waiting -= 1
+        with self.lock:
+            self.writing += 1
         try:
             yield
         finally:
+            with self.lock:
+                self.writing -= 1
             self.places.release()
 
 
