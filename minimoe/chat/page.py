@@ -4,9 +4,10 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
+from html import escape
 from typing import TYPE_CHECKING
 
-from minimoe.chat.service import OutOfTime, Question, Service, paced
+from minimoe.chat.service import Question, Service, paced
 from minimoe.chat.terminal import BASE
 from minimoe.settings import ConfigError
 
@@ -53,10 +54,8 @@ def make_page(service: Service) -> gradio.Blocks:
             for piece in paced(service.answer(question)):
                 text += piece
                 yield text
-        except OutOfTime as note:
-            gr.Info(str(note), title="")
-        except ValueError as error:
-            raise gr.Error(str(error), title="", print_exception=False) from None
+        except ValueError as error:                     # gr.Error would leave the page without its button to send
+            gr.Warning(escape(str(error)), title="")
 
     def models() -> dict[str, dict]:
         return {m["run"]: m for m in service.models()}
@@ -98,7 +97,7 @@ def make_page(service: Service) -> gradio.Blocks:
         # gradio would lock them with a new secret at each start, and lose them
         chat.saved_conversations.storage_key, chat.saved_conversations.secret = "minimoe-chats", "minimoe"
         quiet = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-        model.change(defaults, model, [*sliders, about], **quiet)
+        model.input(defaults, model, [*sliders, about], **quiet)
         page.load(lambda: gr.update(choices=choices()), None, model, **quiet)
         page.load(None, js="() => { if (innerWidth >= 900) document.querySelector('.sidebar .toggle-button').click() }")
         keep = {"fn": lambda index: [index], "inputs": chat.conversation_id, "outputs": shown, **quiet}
