@@ -104,7 +104,7 @@ def bad_requests():
     yield from [({**good, "step": step}, (404,)) for step in (0, 7, -1, 10**30)]
     yield from [(body, (400,)) for body in (
         b"", b"{", b"nonsense", b"[]", b"5", b"null", b'"hi"', b"\xff\xfe\x00", b"\x80" * 50, b"[" * 20_000, b"{" * 20_000,
-        b'{"prompt": "hi"', b'{"prompt": "hi"}}', b'{"prompt": hi}', "{'prompt': 'hi'}".encode(), b'{"a":' * 5000)]
+        b'{"prompt": "hi"', b'{"prompt": "hi"}}', b'{"prompt": hi}', b"{'prompt': 'hi'}", b'{"a":' * 5000)]
     yield from [(b'{"prompt": "' + b"x" * (1 << 20) + b'"}', (413,)), (b"\x00" * (1 << 20), (413,))]
 
 

@@ -69,7 +69,8 @@ def make_page(service: Service) -> gradio.Blocks:
     def defaults(model: str) -> tuple[float, int, float, int, str]:
         m = models()[model.rpartition("@")[0]]
         g = m["defaults"]
-        return (g["temperature"], g["sample_top_k"] or 0, g["top_p"] or 1, min(g["max_new_tokens"], limits.max_tokens),
+        return (min(g["temperature"], 2), min(g["sample_top_k"] or 0, 1000), max(g["top_p"] or 1, 0.01),
+                min(g["max_new_tokens"], limits.max_tokens),
                 f"{_count(m['params'])} parameters, {_count(m['active_params'])} active per token."
                 + ("" if m["chat"] else f" {BASE[0].upper()}{BASE[1:]}."))
 
@@ -86,25 +87,26 @@ def make_page(service: Service) -> gradio.Blocks:
             model = gr.Dropdown(choices(), value=first, label="Model")
             about = gr.Markdown(note)
             sliders = [gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: always the likeliest token"),
-                       gr.Slider(0, 200, top_k, step=1, label="Top-k", info="0: among all tokens"),
-                       gr.Slider(0.05, 1, top_p, step=0.05, label="Top-p", info="1: among all tokens"),
+                       gr.Slider(0, 1000, top_k, step=1, label="Top-k", info="0: among all tokens"),
+                       gr.Slider(0.01, 1, top_p, step=0.01, label="Top-p", info="1: among all tokens"),
                        gr.Slider(1, limits.max_tokens, length, step=1, label="Length", info="most tokens of an answer")]
             gr.HTML('<a href="/programs">For programs</a>')
         chat = gr.ChatInterface(
             respond, chatbot=gr.Chatbot(render_markdown=False, scale=1, show_label=False, buttons=["copy"], placeholder=EMPTY),
             examples=[[text] for text in EXAMPLES], run_examples_on_click=False, additional_inputs=[model, *sliders], save_history=True,
-            concurrency_limit=limits.parallel, api_visibility="private", analytics_enabled=False, fill_height=True)
+            concurrency_limit=None, api_visibility="private", analytics_enabled=False, fill_height=True)
         # gradio would lock them with a new secret at each start, and lose them
         chat.saved_conversations.storage_key, chat.saved_conversations.secret = "minimoe-chats", "minimoe"
         quiet = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
         model.input(defaults, model, [*sliders, about], **quiet)
         page.load(lambda: gr.update(choices=choices()), None, model, **quiet)
-        page.load(None, js="() => { if (innerWidth >= 900) document.querySelector('.sidebar .toggle-button').click() }")
+        page.load(None, js="() => { if (innerWidth >= 900) document.querySelector('.sidebar .toggle-button')?.click() }")
         keep = {"fn": lambda index: [index], "inputs": chat.conversation_id, "outputs": shown, **quiet}
         gr.on([chat.saved_conversations.change, chat.chatbot_value.change], **keep)
         page.load(again, [shown, chat.saved_conversations],
                   [chat.conversation_id, chat.chatbot, chat.chatbot_state, chat.chatbot_value], **quiet).then(**keep)
-    return page.queue(max_size=limits.waiting, api_open=False, default_concurrency_limit=None)
+    # how many are answered at once is the service's to say, in words: gradio's full queue would leave a page without its button
+    return page.queue(api_open=False, default_concurrency_limit=None)
 
 
 def _text(content: object) -> str:

@@ -129,7 +129,8 @@ class Service:
 
     def load(self, name: str | None = None, step: int | None = None) -> Run:
         """A run by its name, as `runs` gives it; many that ask at once wait for one loading. NotThere for any other."""
-        name, step = (self.first, self.step if step is None else step) if name in (None, self.first) else (name, step)
+        if name is None:
+            name, step = self.first, self.step if step is None else step
         folder = self.runs().get(name)
         if folder is None or step is not None and step not in [int(p.name) for p in checkpoints(folder)]:
             raise NotThere(f"no run {name[:100]!r}" + (f" with a step {step}" if folder else "") + "; GET /models lists them")
