@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from minimoe.plot import Figure, history
 from minimoe.settings import ConfigError, need
 
 SHIPPED = Path(__file__).parent / "assets" / "pydocs"
+NO_TOKENIZER = "this run has no tokenizer.json: give token ids to minimoe.generate, or add a tokenizer"
 
 
 @dataclass
@@ -56,31 +57,57 @@ class Run:
         texts = [self.tokenizer.decode(ids) for ids in generate(self.model, [self.encode(t) for t in text], **options)]
         return [t[:min((at for s in stop if (at := t.find(s)) >= 0), default=len(t))] for t in texts]
 
-    def stream(self, text: str, max_new_tokens: int | None = None, **options: object) -> Iterator[str]:
-        """As `generate`, but yields pieces of text as they are made. A character that spans tokens comes whole, and what
-        may be the beginning of a stop text waits until it is clear."""
+    def stream(self, start: str | list[int], max_new_tokens: int | None = None, **options: object) -> Iterator[str]:
+        """As `generate`, but yields a piece of text a token, from a text or its ids. The piece is empty while a character
+        that spans tokens is not whole, or what may be the beginning of a stop text is not clear."""
         options, stop = self._options({"max_new_tokens": max_new_tokens, **options})
         ids, shown = [], 0
-        for (token,) in stream(self.model, [self.encode(text)], **options):
-            if token is not None:
-                ids.append(token)
-            so_far = self.tokenizer.decode(ids)
-            ends = [at for s in stop if (at := so_far.find(s)) >= 0]
-            if ends:
-                yield so_far[shown:min(ends)]
-                return
-            waits = max((n for s in stop for n in range(1, len(s)) if so_far.endswith(s[:n])), default=0)
-            if not so_far.endswith("\ufffd") and len(so_far) - waits > shown:
-                yield so_far[shown:len(so_far) - waits]
-                shown = len(so_far) - waits
+        with closing(stream(self.model, [self.encode(start) if isinstance(start, str) else start], **options)) as tokens:
+            for (token,) in tokens:
+                if token is not None:
+                    ids.append(token)
+                so_far = self.tokenizer.decode(ids)
+                ends = [at for s in stop if (at := so_far.find(s)) >= 0]
+                if ends:
+                    yield so_far[shown:min(ends)]
+                    return
+                waits = max((n for s in stop for n in range(1, len(s)) if so_far.endswith(s[:n])), default=0)
+                clear = shown if so_far.endswith("\ufffd") else max(shown, len(so_far) - waits)
+                yield so_far[shown:clear]
+                shown = clear
         if ids and len(so_far) > shown:
             yield so_far[shown:]
 
+    def chat(self, messages: Sequence[dict[str, str]], max_new_tokens: int | None = None, **options: object) -> Iterator[str]:
+        """The answer to a conversation (messages and template as in `Tokenizer.chat`), in pieces as they are made; options
+        as in `generate`. A base model, whose config does not say `supervised`, knows no turns: it goes on from the newest
+        message."""
+        return self.stream(self.chat_prompt(messages, max_new_tokens)[0], max_new_tokens, **options)
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]], max_new_tokens: int | None = None) -> tuple[list[int], int]:
+        """The ids that an answer goes on from, and how many of the oldest messages are left out of them: those that do not
+        fit into the context beside an answer of up to half of it. What the system says and the newest question stay.
+
+        Raises ConfigError where these alone are too long, or the last message is not a user's."""
+        need(bool(messages) and messages[-1].get("role") == "user", "a conversation ends with a message whose role is user")
+        if not self.config.data.supervised:
+            return self.encode(messages[-1].get("content")), 0
+        need(self.tokenizer is not None, NO_TOKENIZER)
+        limit = self.model.cfg.max_seq_len
+        room = limit - min(max_new_tokens or self.config.generate.max_new_tokens, limit // 2)
+        system, turns = ([m for m in messages if (m.get("role") == "system") is is_system] for is_system in (True, False))
+        ids, kept = [], len(turns)
+        for first in sorted({0, *(i for i, m in enumerate(turns) if m.get("role") == "user")}, reverse=True):
+            longer = self.tokenizer.chat([*system, *turns[first:]], reply=True)[0]
+            if ids and len(longer) > room:
+                break
+            ids, kept = longer, first
+        need(len(ids) < limit, f"this message has {len(ids)} tokens, with its marks, and the model's context is {limit}: shorten it")
+        return ids, kept
+
     def encode(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise ConfigError("this run has no tokenizer.json: give token ids to minimoe.generate, or add a tokenizer")
-        if not text:
-            raise ConfigError("the prompt is empty: give at least one character")
+        need(self.tokenizer is not None, NO_TOKENIZER)
+        need(bool(text), "the prompt is empty: give at least one character")
         return self.tokenizer.encode(text)
 
     def metrics(self) -> list[dict]:
@@ -106,8 +133,8 @@ class Run:
         options |= {name: value for name, value in given.items() if value is not None}
         stop = (options["stop"],) if isinstance(options["stop"], str) else tuple(options["stop"])
         need(all(stop), "stop: an empty text would end everything before it begins")
-        end = None if self.tokenizer is None else self.tokenizer.end_of_text
-        return {k: v for k, v in options.items() if k != "stop"} | {"stop_ids": () if end is None else (end,)}, stop
+        ends = () if self.tokenizer is None else (self.tokenizer.end_of_text, self.tokenizer.end_of_turn)
+        return {k: v for k, v in options.items() if k != "stop"} | {"stop_ids": ends}, stop
 
 
 def save(folder: str | Path, model: MoETransformer, tokenizer: Tokenizer | None = None,

@@ -31,7 +31,8 @@ LEVELS = [
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 CORE = ["norm", "rope", "attention", "router", "experts", "balance", "model"]
-HEAVY = ["transformers", "datasets", "plotly", "gradio", "jupyter", "IPython", "ipywidgets", "anywidget", "pandas", "matplotlib"]
+HEAVY = ["transformers", "datasets", "plotly", "gradio", "jupyter", "IPython", "ipywidgets", "anywidget", "pandas", "matplotlib",
+         "fastapi", "starlette", "uvicorn"]
 SOURCES = sorted(p for top in ("minimoe", "tests", "book", "benchmarks") for p in (ROOT / top).rglob("*.py"))
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from minimoe.cli.chatting import chat
 from minimoe.cli.comparing import compare
 from minimoe.cli.convert import export, import_folder
 from minimoe.cli.data import data
@@ -21,8 +22,8 @@ from minimoe.settings import ConfigError
 from minimoe.track import colored
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "stages": stages, "compare": compare, "generate": generate, "evaluate": evaluate, "explore": explore,
-    "data": data, "import": import_folder, "export": export, "info": info, "doctor": doctor}
+    "train": train, "stages": stages, "compare": compare, "generate": generate, "chat": chat, "evaluate": evaluate,
+    "explore": explore, "data": data, "import": import_folder, "export": export, "info": info, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,6 +53,7 @@ class Tokenizer:
         self.vocab_size: int = max(inner.get_vocab().values(), default=-1) + 1
         found = [i for name in ENDS if (i := inner.token_to_id(name)) is not None]
         self.end_of_text: int | None = found[0] if found else None
+        self.end_of_turn: int | None = inner.token_to_id(END)
         before = inner.pre_tokenizer
         self.characters_only = before is None and inner.normalizer is None and not _merges(inner)
         self._cuts = self.characters_only or (inner.normalizer is None and isinstance(before, pre_tokenizers.ByteLevel)
