@@ -47,14 +47,16 @@ class Run:
     rows: list[dict] | None = field(default=None, repr=False)
     corpora: tuple[Corpus, ...] | None = field(default=None, repr=False)       # the text beside which it was trained
 
-    def generate(self, text: str | list[str], max_new_tokens: int | None = None, **options: object) -> str | list[str]:
-        """The text that the model writes after `text`, or after each of a list, all together. Options: temperature, top_k,
-        top_p, seed, and `stop`, a text or texts that end the writing and are not shown; what is not given comes from the
-        run's `generate:` section."""
-        if isinstance(text, str):
-            return "".join(self.stream(text, max_new_tokens, **options))
+    def generate(self, start: str | list[str] | list[list[int]], max_new_tokens: int | None = None,
+                 **options: object) -> str | list[str]:
+        """The text that the model writes after `start`, or after each of a list of texts or of their ids, all together.
+        Options: temperature, top_k, top_p, seed, and `stop`, a text or texts that end the writing and are not shown; what is
+        not given comes from the run's `generate:` section."""
+        if isinstance(start, str):
+            return "".join(self.stream(start, max_new_tokens, **options))
         options, stop = self._options({"max_new_tokens": max_new_tokens, **options})
-        texts = [self.tokenizer.decode(ids) for ids in generate(self.model, [self.encode(t) for t in text], **options)]
+        prompts = [self.encode(s) if isinstance(s, str) else s for s in start]
+        texts = [self.tokenizer.decode(ids) for ids in generate(self.model, prompts, **options)]
         return [t[:min((at for s in stop if (at := t.find(s)) >= 0), default=len(t))] for t in texts]
 
     def stream(self, start: str | list[int], max_new_tokens: int | None = None, **options: object) -> Iterator[str]:

@@ -254,7 +254,9 @@ def test_what_a_run_cannot_be_asked_is_left_out_aloud_or_is_an_error():
     assert {r.task for r in found} == {"arithmetic", "arithmetic_choice", "letters", "letters_choice"}
     with pytest.raises(ConfigError, match="no task could be asked of it"):
         evaluate(replace(run, tokenizer=None))
-    assert len(said) == 4 and all("left out (this run: no held-out text: give one with --text-file" in line for line in said)
+    assert [line.partition(":")[0] for line in said] == ["perplexity", "continuation", "next_word", "docstrings", "samples"]
+    assert all("left out (this run: no held-out text: give one with --text-file" in line for line in said if "docstrings" not in line)
+    assert "has not learned questions about docstrings" in said[3]
     with pytest.raises(ConfigError, match="no held-out text"):
         evaluate(run, ["continuation"])
     with pytest.raises(ConfigError, match="no tokenizer.json, so texts cannot be scored"):

@@ -27,6 +27,8 @@ class GenerateArgs:
     prompts: Path | None = None
     """File of prompts instead, written on from in batches: one a line, or .jsonl with a text or a field prompt a line. What is
     drawn for one depends on the seed and its batch."""
+    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Ask each prompt as a question in the chat template, of a model that was fine-tuned on conversations."""
     batch_size: int = 16
     """Prompts of a file that are written on from together."""
     out: Path | None = None
@@ -59,11 +61,13 @@ def generate(argv: list[str]) -> None:
     run = open_run(args.run, args.device, args.step)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
                "top_p": args.top_p, "seed": args.seed, "stop": args.stop or None}
+    need(not args.chat or run.config.data.supervised, "--chat: this is a base model, which knows no questions: leave it out")
+    start_of = lambda prompt: run.chat_prompt([{"role": "user", "content": prompt}])[0] if args.chat else prompt
     started = time.perf_counter()
     if not prompts:
         n, first = 0, started
-        print(args.prompt, end="", flush=True)
-        for piece in run.stream(args.prompt, **options):
+        print(args.prompt, end="\n" if args.chat else "", flush=True)
+        for piece in run.stream(start_of(args.prompt), **options):
             print(piece, end="", flush=True)
             first = time.perf_counter() if n == 0 else first
             n += 1
@@ -74,13 +78,13 @@ def generate(argv: list[str]) -> None:
     n, file = 0, open(args.out, "w", encoding="utf-8") if args.out else None
     for i in range(0, len(prompts), args.batch_size):
         batch = prompts[i:i + args.batch_size]
-        for prompt, text in zip(batch, run.generate(batch, **options)):
+        for prompt, text in zip(batch, run.generate([start_of(p) for p in batch], **options)):
             n += len(run.tokenizer.encode(text))
             if file:
                 file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
                 file.flush()
             else:
-                print(f"--- {prompt!r}\n{prompt}{text}", flush=True)
+                print(f"--- {prompt!r}\n{text if args.chat else prompt + text}", flush=True)
     seconds = time.perf_counter() - started
     print(f"{len(prompts)} prompts, {n} tokens in {seconds:.2f} s, {n / seconds:,.0f} tokens/s" + (
         f"; saved {args.out}" if file else ""), file=sys.stderr)
