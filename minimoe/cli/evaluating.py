@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from minimoe.cli.parse import newest_run, parse
-from minimoe.settings import ConfigError, need
+from minimoe.cli.parse import newest_run, open_run, parse
+from minimoe.settings import need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +53,17 @@ class EvaluateArgs:
 def evaluate(argv: list[str]) -> None:
     """Measure what a model can do: minimoe evaluate runs/pydocs --report report.md"""
     args = parse(EvaluateArgs, argv, "evaluate")
-    from minimoe.checkpoint import SHIPPED, load
-    from minimoe.device import choose, tune_cpu
+    from minimoe.checkpoint import SHIPPED
+    from minimoe.data.sources import read_text
     from minimoe.evaluate import comparison, evaluate, from_file, table, with_text, write_report
 
     need(args.questions is None or args.questions >= 1, f"--questions {args.questions}: must be at least 1")
     sections = [from_file(s) for s in args.section]
     need(all(map(callable, sections)), f"--section {' '.join(args.section)}: must name functions")
-    tune_cpu()
-    folders, text = args.runs or (newest_run(),), _text(args)
-    runs = [load(folder, str(choose(args.device, "float32").device), args.step) for folder in folders]
-    if not args.runs:
-        print(f"using {folders[0]}", file=sys.stderr)
+    need(args.text is None or args.text_file is None, "--text and --text-file: give one of them")
+    text = args.text if args.text_file is None else read_text(args.text_file)
+    folders = args.runs or (newest_run(),)
+    runs = [open_run(name, args.device, args.step) for name in args.runs or (None,)]
     if text is not None:
         runs = [with_text(run, text, "the text of --text" if args.text_file is None else args.text_file.name) for run in runs]
     tasks = [name for words in args.tasks for name in words.split(",") if name] or None
@@ -75,15 +74,3 @@ def evaluate(argv: list[str]) -> None:
         print("no report: the shipped run lies in the package, where none is written; name one with --report", file=sys.stderr)
         return
     print(f"report: {write_report(runs, results, args.report, sections=sections, seed=args.seed)}")
-
-
-def _text(args: EvaluateArgs) -> str | None:
-    if args.text_file is None:
-        return args.text
-    need(args.text is None, "--text and --text-file: give one of them")
-    try:
-        return args.text_file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{args.text_file}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{args.text_file}: {error.strerror}; name a text file") from None
