@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import threading
 import time
@@ -192,6 +193,18 @@ def test_runs_are_found_and_nothing_else(service, folder):
             service.load(name)
     with pytest.raises(NotThere, match="step 3"):
         service.load(names[1], 3)
+
+
+def test_the_kept_steps_of_a_run_can_be_asked(folder, tmp_path):
+    shutil.copytree(folder / "runs" / "talker", tmp_path / "runs" / "talker")
+    kept = tmp_path / "runs" / "talker" / "checkpoints" / "00000005"
+    kept.mkdir(parents=True)
+    shutil.copy(make_talker(tmp_path / "other", seed=2) / "model.safetensors", kept)
+    name, best, at_5 = str(tmp_path / "runs" / "talker"), load(folder / "runs" / "talker"), load(tmp_path / "other")
+    service = Service(name, step=5, runs=tmp_path / "runs")
+    ask = lambda **o: "".join(service.answer(Question(prompt="hi", **o)))
+    assert service.models()[0]["steps"] == [5] and best.generate("hi") != at_5.generate("hi")
+    assert ask() == ask(run=name, step=5) == at_5.generate("hi") and ask(run=name) == best.generate("hi")
 
 
 def test_many_that_ask_at_once_load_a_run_once_and_few_stay(service, monkeypatch):
