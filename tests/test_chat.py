@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import threading
 import time
@@ -49,15 +50,17 @@ def test_an_answer_goes_on_from_the_whole_conversation_in_the_template(run):
 
 
 def test_the_end_of_the_turn_ends_the_answer(folder):
-    """All logits are 0 but that of <|end|>, which for one of the two signs is above."""
-    lengths = set()
+    """For one of two signs the likeliest token is always <|end|>, for the other an a."""
+    answers = set()
     for sign in (1, -1):
         run = load(folder / "runs" / "talker")
         with torch.no_grad():
             run.model.head.weight.zero_()
-            run.model.head.weight[run.tokenizer.end_of_turn] = sign * torch.ones(32)
-        lengths.add(len(list(run.chat([user("hi")], 9))))
-    assert min(lengths) < 3 and run.tokenizer.end_of_turn == run.tokenizer.inner.token_to_id("<|end|>")
+            run.model.head.weight[run.tokenizer.inner.token_to_id("<|end|>")] = sign
+            run.model.head.weight[run.tokenizer.encode("a")] = -sign
+        pieces = list(run.chat([user("hi")], 9))
+        answers.add((len(pieces), "".join(pieces)))
+    assert answers == {(1, ""), (9, "a" * 9)}
 
 
 def test_a_base_model_goes_on_from_the_newest_text(folder):
@@ -202,6 +205,18 @@ def test_runs_are_found_and_nothing_else(service, folder):
             service.load(name)
     with pytest.raises(NotThere, match="step 3"):
         service.load(names[1], 3)
+
+
+def test_the_kept_steps_of_a_run_can_be_asked(folder, tmp_path):
+    shutil.copytree(folder / "runs" / "talker", tmp_path / "runs" / "talker")
+    kept = tmp_path / "runs" / "talker" / "checkpoints" / "00000005"
+    kept.mkdir(parents=True)
+    shutil.copy(make_talker(tmp_path / "other", seed=2) / "model.safetensors", kept)
+    name, best, at_5 = str(tmp_path / "runs" / "talker"), load(folder / "runs" / "talker"), load(tmp_path / "other")
+    service = Service(name, step=5, runs=tmp_path / "runs")
+    ask = lambda **o: "".join(service.answer(Question(prompt="hi", **o)))
+    assert service.models()[0]["steps"] == [5] and best.generate("hi") != at_5.generate("hi")
+    assert ask() == ask(run=name, step=5) == at_5.generate("hi") and ask(run=name) == best.generate("hi")
 
 
 def test_many_that_ask_at_once_load_a_run_once_and_few_stay(service, monkeypatch):

@@ -14,7 +14,7 @@ import urllib.request
 import pytest
 
 from minimoe.checkpoint import load
-from tests.chat_runs import chat_server, environment, make_talker
+from tests.chat_runs import ROOT, chat_server, environment, make_talker
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install minimoe[chat]")
 JSON = {"Content-Type": "application/json"}
@@ -165,3 +165,15 @@ def test_two_questions_at_once_both_stream(server):
         assert all(answer.readline() and answer.readline() for answer in both)
     for answer in both:
         answer.close()
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_compares_the_same_text(tmp_path):
+    pytest.importorskip("transformers", reason="its version is part of the record")
+    out = tmp_path / "chat.json"
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "chat.py", "--quick", "--out", out], capture_output=True, text=True,
+                          encoding="utf-8", env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["parts"]["chat"]["rows"]
+    assert [row["what"] for row in rows][:3] == ["generate", "page, 1 chat", "page, 4 chats"] and rows[1]["target"] == 0.8
+    assert all(row["first_ms"] > 0 and row["low"] <= row["ratio"] <= row["high"] and row["met"] is None for row in rows)

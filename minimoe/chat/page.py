@@ -18,6 +18,8 @@ EMPTY = "Ask something, or begin a text that the model goes on with."
 EXAMPLES = ("What does math.sqrt do?", "The for statement", "def mean(values):")
 CSS = """
 .message-content, .message-content .md { white-space: pre-wrap !important; overflow-wrap: anywhere; }
+.row:has(.bubble-wrap) > .column:first-child { min-width: 160px !important; }
+.tr-body div { overflow-wrap: anywhere; }
 .placeholder-content { padding: 0 1rem; text-align: center; }
 @media (max-width: 700px) {     /* the threads above, in a list that scrolls; the chat takes the rest */
   .row:has(.bubble-wrap) { flex-direction: column; flex-wrap: nowrap; }
