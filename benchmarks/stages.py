@@ -31,8 +31,10 @@ from minimoe.stages import ORDER, finished, load_stages, run_stages
 ROOT = Path(__file__).parents[1]
 RESULT, CONFIG = ROOT / "benchmarks" / "results" / "stages.json", ROOT / "configs" / "stages.yaml"
 GOAL_MINUTES, GOAL_BASE, GOAL_SFT, GOAL_LORA = 20, 0.02, 0.60, 0.80
-# adapters learn by heart less easily than whole weights: a higher rank than for a change of tone, on the experts too
-ADAPTERS = ("sft.train.lora_rank=32", "sft.train.lora_alpha=64", "sft.train.lora_targets=[q, k, v, o, w13, w2]")
+# adapters learn by heart less easily than whole weights: a high rank, on the experts and the head too; AdamW, for Muon leaves
+# adapters to it, at a rate that it bears
+ADAPTERS = ("sft.train.lora_rank=64", "sft.train.lora_alpha=128", "sft.train.lora_targets=[q, k, v, o, w13, w2, head]",
+            "sft.train.optimizer=adamw", "sft.train.lr=0.004", "sft.train.steps=1000")
 QUICK = ("model.dim=32", "model.n_layers=1", "model.n_heads=2", "model.expert_hidden=32", "base.train.steps=2", "mid.train.steps=2",
          "sft.train.steps=2", "sft.train.batch_size=4", "base.data.mixture=[pydocs]", "mid.data.mixture=[pydocs]",
          "base.data.tokenizer=bytes")
@@ -112,7 +114,8 @@ def stages(home: Path, asked: dict, changes: tuple[str, ...], say: object) -> di
 
 def adapters(method: str, home: Path, asked: dict, changes: tuple[str, ...], say: object) -> dict:
     """The same fine-tuning with adapters, from the same mid checkpoint."""
-    changes = (*changes, "base.enabled=false", "mid.enabled=false", f"sft.train.init={home / 'mid'}", f"sft.train.method={method}", *ADAPTERS)
+    changes = (*ADAPTERS, *changes, "base.enabled=false", "mid.enabled=false", f"sft.train.init={home / 'mid'}",
+               f"sft.train.method={method}")
     minutes = train(home / method, changes, say)
     found, full = measure(load(home / method / "sft"), asked), measure(load(home / "sft"), {"recall": asked["recall"]})["recall"]
     ratio = found["recall"]["exact"] / max(1, full["exact"])
