@@ -6,6 +6,7 @@
 Shuffled is the same model in which every tensor keeps its values and loses their places: it knows nothing, but has all the
 habits (of length, of place, of frequent words) that numbers of this size can give. Each shuffle is asked questions of its
 own. Settled before the first run: trained must exclude chance on two tasks at least, shuffled, pooled, must contain it on all.
+After a first run one rule about questions was added, and all was run again with other seeds (LOG.md).
 
 What `minimoe evaluate` reports is the interval over questions. The questions of a group share their answers, so beside it
 stands the interval over whole groups.

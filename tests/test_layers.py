@@ -151,7 +151,7 @@ def test_line_budgets(record_property):
     record_property("core lines", core)
     record_property("package lines", package)
     assert core <= 1200, f"{', '.join(CORE)} have {core} lines together"
-    assert package <= 10500, f"the package without course/ has {package} lines"
+    assert package <= 12500, f"the package without course/ has {package} lines"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
