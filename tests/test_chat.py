@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -143,6 +144,12 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(folder, words, monkeypatch, 
     monkeypatch.chdir(folder)
     assert main(["chat", *words]) == 2
     assert len(capsys.readouterr().err.split("minimoe: error: ")[1].splitlines()) == 1
+
+
+def test_without_gradio_the_page_says_what_to_install(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.chdir(folder)
+    assert main(["chat", "runs/talker", "--web"]) == 2 and "pip install minimoe[chat]" in capsys.readouterr().err
 
 
 def test_params_are_shown_and_set_and_checked(run, capsys):
