@@ -123,7 +123,7 @@ def test_bad_files_are_named(tmp_path, content, message):
 
 
 def test_unknown_corpora_and_missing_texts_are_named(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="pydocs, stdlib, worlds"):
+    with pytest.raises(ConfigError, match="pydocs, stdlib, docstrings, worlds"):
         load_corpus("pydoc")
     monkeypatch.setenv("MINIMOE_DATA", str(tmp_path))
     monkeypatch.setattr("minimoe.data.corpora.SHAKESPEARE", ("http://127.0.0.1:9/input.txt", ""))      # nobody answers there

@@ -11,6 +11,7 @@ from minimoe.attention import KVCache, attend
 from minimoe.config import ModelConfig, load_config
 from minimoe.model import Dropout, MoETransformer, cross_entropy
 from minimoe.settings import ConfigError
+from minimoe.stages import load_stages
 
 BASE = ModelConfig(vocab_size=31, dim=24, n_layers=3, n_heads=4, n_kv_heads=2, max_seq_len=16, n_experts=4, top_k=2,
                    expert_hidden=16, qk_norm="head")
@@ -123,7 +124,8 @@ COUNTED = CONFIGS | {
     "random": dataclasses.replace(BASE, router="random", balance="none"),
     "everything odd": dataclasses.replace(BASE, dim=21, n_heads=3, n_kv_heads=3, head_dim=6, expert_hidden=13, n_experts=7,
                                           top_k=3, n_dense_first=2, dense_hidden=19, vocab_size=17, max_seq_len=5),
-} | {path.stem: load_config(path).model for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
+} | {path.stem: load_config(path).model for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+     if path.stem != "stages"} | {"stages": load_stages(Path(__file__).parents[1] / "configs" / "stages.yaml").model}
 
 
 @pytest.mark.parametrize("name", COUNTED)

@@ -167,7 +167,7 @@ def test_bad_entries_of_a_mixture(entry, message):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("pydoc", "neither a known name .*pydocs, stdlib, worlds"), ("no/such.txt", "neither a known name"),
+    ("pydoc", "neither a known name .*pydocs, stdlib, docstrings, worlds"), ("no/such.txt", "neither a known name"),
     ("nobody/nothing-of-that-name", "nor a dataset that can be read")])
 def test_an_unknown_corpus(name, message):
     if "nothing" in name:
