@@ -6,8 +6,9 @@
     python benchmarks/stages.py --quick              a few steps of everything, for whether it runs; writes only where --out says
 
 Questions about the library are drawn by seed. `recall`: pairs that were learned, asked in wordings that training never had.
-`trained wording`: the same pairs as training asks them. `never seen`: pairs that no stage has read as question and answer (the
-library's source, which base and mid read, holds their docstrings). `sums`: pairs of numbers that no stage has been shown.
+`trained wording`: the same pairs as training asks them. `second turn`: as recall, after another question and its answer.
+`never seen`: pairs that no stage has read as question and answer (the library's source, which base and mid read, holds their
+docstrings). `sums`: pairs of numbers that no stage has been shown.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ import random
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from engine import store
@@ -47,7 +49,8 @@ def questions(n: int, seed: int) -> dict[str, list[Conversation]]:
     picks = draw.sample(range(len(recall)), min(n, len(recall)))
     never = docstring_questions("never seen")
     sums = {c.text: c for c in world_questions("test", 2000) if c.domain == "arithmetic"}
-    return {"recall": [recall[i] for i in picks], "trained wording": [trained[i] for i in picks],
+    later = [replace(recall[i], wordings=((*trained[j].wordings[0], *recall[i].wordings[0]),)) for i, j in zip(picks, picks[1:] + picks[:1])]
+    return {"recall": [recall[i] for i in picks], "trained wording": [trained[i] for i in picks], "second turn": later,
             "never seen": draw.sample(never, min(n, len(never))), "sums": draw.sample(list(sums.values()), min(n, len(sums)))}
 
 

@@ -239,6 +239,6 @@ def test_the_benchmark_runs(tmp_path):
     parts = json.loads(out.read_text(encoding="utf-8"))["parts"]
     assert set(parts["stages"]["runs"]) == set(room.ORDER) and set(parts["lora"]["runs"]) == {"lora"}
     for run in (*parts["stages"]["runs"].values(), *parts["lora"]["runs"].values()):
-        assert list(run) == ["recall", "trained wording", "never seen", "sums"]
+        assert list(run) == ["recall", "trained wording", "second turn", "never seen", "sums"]
         assert all(x["n"] == len(x["outcomes"]) == 4 and x["interval"][0] <= x["share"] <= x["interval"][1] for x in run.values())
     assert (kept.read_bytes() if kept.exists() else None) == before and "of_full" in done.stdout

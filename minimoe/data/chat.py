@@ -58,6 +58,24 @@ def ask(questions: tuple[str, ...] | str, answer: str, domain: str) -> Conversat
     return Conversation(tuple(({"role": "user", "content": q}, {"role": "assistant", "content": answer}) for q in questions), domain)
 
 
+def in_turns(conversations: list[Conversation], turns: int) -> tuple[Conversation, ...]:
+    """Each conversation after others of the same list, others for each of its wordings: so that a question is answered whatever
+    was said before it.
+
+    >>> [len(c.wordings[0]) for c in in_turns([ask("a?", "A.", ""), ask("b?", "B.", "")], 3)]
+    [6, 6]
+    """
+    result = []
+    for i, c in enumerate(conversations):
+        wordings = []
+        for number, messages in enumerate(c.wordings):
+            r = random.Random(f"{i} {number}")
+            before = [r.choice(r.choice(conversations).wordings) for _ in range(turns - 1)]
+            wordings.append(sum((*before, messages), ()))
+        result.append(replace(c, wordings=tuple(wordings)))
+    return tuple(result)
+
+
 def load_conversations(source: Source) -> Conversations:
     """The conversations of `docstrings`, of `worlds`, or those in files or a dataset, where a row is a list of messages with
     role and content (or from and value) in the column `field`, else `messages` or `conversations`.
@@ -69,9 +87,10 @@ def load_conversations(source: Source) -> Conversations:
     """
     need(not source.streaming, f"{source.corpus}: conversations are read whole; leave streaming out")
     if source.corpus == "docstrings":
-        found = Conversations(label(source), *(tuple(docstring_questions(group)) for group in ("train", "validation")))
+        found = Conversations(label(source), in_turns(docstring_questions("train"), 2), tuple(docstring_questions("validation")))
     elif source.corpus == "worlds":
-        found = Conversations(label(source), tuple(world_questions("train", TASKS)), tuple(world_questions("validation", 64)))
+        groups = [[c for c in world_questions("train", TASKS) if c.domain == domain] for domain in ("stories", "arithmetic")]
+        found = Conversations(label(source), (*in_turns(groups[0], 2), *in_turns(groups[1], 4)), tuple(world_questions("validation", 64)))
     else:
         need(source.corpus not in NAMES, f"{source.corpus}: holds text and no conversations; of the bundled corpora docstrings and "
                                          "worlds have some")
