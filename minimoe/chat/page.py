@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from minimoe.chat.service import Question, Service, paced
-from minimoe.chat.terminal import manner_of
+from minimoe.chat.terminal import BASE
 from minimoe.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def make_page(service: Service) -> gradio.Blocks:
         return (min(g["temperature"], 2), min(g["sample_top_k"] or 0, 1000), max(g["top_p"] or 1, 0.01),
                 min(g["max_new_tokens"], limits.max_tokens),
                 f"{_count(m['params'])} parameters, {_count(m['active_params'])} active per token."
-                + (f" {manner[0].upper()}{manner[1:]}." if (manner := manner_of(m["chat"], g["history"])) else ""))
+                + ("" if m["chat"] else f" {BASE[0].upper()}{BASE[1:]}."))
 
     def again(shown: list | None, threads: list) -> tuple:
         index = shown[0] if shown else None

@@ -14,7 +14,6 @@ from minimoe.config import GenerateConfig
 from minimoe.settings import ConfigError, from_dict, need, to_dict
 
 BASE = "this is a base model: it goes on from your text, and does not see what was said before"
-ALONE = "each question is answered by itself: this model has learned single questions"
 HELP = """params               the parameters and their values
 params NAME VALUE    set one, as params temperature 0.2; none switches top_k, top_p and stop off
 clear                forget the conversation
@@ -104,8 +103,8 @@ class Terminal:
 def talk(run: Run, seed: int = 0, verbose: bool = False) -> None:
     """Reads questions from standard input until it ends or says exit. An error is told, and the next question asked."""
     terminal, by_hand = Terminal(run, seed, verbose), sys.stdin.isatty()
-    if manner := manner_of(run.config.data.supervised, run.config.generate.history):
-        _note(manner)
+    if not run.config.data.supervised:
+        _note(BASE)
     if by_hand:
         _note("help says what there is beside questions")
     for line in _lines(by_hand):
@@ -114,15 +113,6 @@ def talk(run: Run, seed: int = 0, verbose: bool = False) -> None:
                 break
         except (ConfigError, ValueError, yaml.YAMLError) as error:
             _note(f"error: {' '.join(str(error).split())}")
-
-
-def manner_of(chats: bool, history: int | None) -> str:
-    """What somebody who talks with a run should know, or nothing.
-
-    >>> manner_of(True, None), manner_of(True, 0) == ALONE
-    ('', True)
-    """
-    return BASE if not chats else ALONE if history == 0 else ""
 
 
 def _lines(by_hand: bool) -> Iterator[str]:
