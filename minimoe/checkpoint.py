@@ -87,9 +87,8 @@ class Run:
         return self.stream(self.chat_prompt(messages, max_new_tokens)[0], max_new_tokens, **options)
 
     def chat_prompt(self, messages: Sequence[dict[str, str]], max_new_tokens: int | None = None) -> tuple[list[int], int]:
-        """The ids that an answer goes on from, and how many of the oldest messages are left out of them: those beyond the
-        run's `history`, and those that do not fit into the context beside an answer of up to half of it. What the system
-        says and the newest question stay.
+        """The ids that an answer goes on from, and how many of the oldest messages are left out of them: those that do not
+        fit into the context beside an answer of up to half of it. What the system says and the newest question stay.
 
         Raises ConfigError where these alone are too long, or the last message is not a user's."""
         need(bool(messages) and messages[-1].get("role") == "user", "a conversation ends with a message whose role is user")
@@ -99,9 +98,8 @@ class Run:
         limit = self.model.cfg.max_seq_len
         room = limit - min(max_new_tokens or self.config.generate.max_new_tokens, limit // 2)
         system, turns = ([m for m in messages if (m.get("role") == "system") is is_system] for is_system in (True, False))
-        ids, kept, most = [], len(turns), self.config.generate.history
-        starts = sorted({0, *(i for i, m in enumerate(turns) if m.get("role") == "user")}, reverse=True)
-        for first in starts[:None if most is None else most + 1]:
+        ids, kept = [], len(turns)
+        for first in sorted({0, *(i for i, m in enumerate(turns) if m.get("role") == "user")}, reverse=True):
             longer = self.tokenizer.chat([*system, *turns[first:]], reply=True)[0]
             if ids and len(longer) > room:
                 break

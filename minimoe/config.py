@@ -213,9 +213,6 @@ class GenerateConfig:
     """Texts that end the writing; they are not shown."""
     chat_template: Literal["turns"] = "turns"
     """How the turns of a conversation are marked, the same in fine-tuning, chat and evaluation."""
-    history: int | None = None
-    """Earlier questions, with their answers, that a model sees in a conversation; null is as many as fit, 0 is for a model that
-    has learned single questions only."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -224,7 +221,6 @@ class GenerateConfig:
         need(self.sample_top_k is None or self.sample_top_k >= 1,
              f"sample_top_k={self.sample_top_k}: at least 1, or null for all")
         need(self.top_p is None or 0 < self.top_p <= 1, f"top_p={self.top_p}: above 0 and at most 1")
-        need(self.history is None or self.history >= 0, f"history={self.history}: at least 0, or null for all")
 
 
 @dataclass(frozen=True, kw_only=True)

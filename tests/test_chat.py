@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -83,15 +82,6 @@ def test_what_does_not_fit_is_left_out_from_the_oldest_on(run):
     assert long[1] == 2 and run.tokenizer.decode(long[0]) == "q" * 100
     with pytest.raises(ConfigError, match="context is 128"):
         run.chat([user("q" * 200)])
-
-
-def test_a_run_says_how_many_earlier_questions_it_sees(run):
-    said = [user("one"), assistant("1"), user("two"), assistant("2"), user("three")]
-    for history, seen in ((0, said[4:]), (1, said[2:]), (5, said), (None, said)):
-        bounded = replace(run, config=replace(run.config, generate=replace(run.config.generate, history=history)))
-        assert bounded.chat_prompt(said) == (run.tokenizer.chat(seen, reply=True)[0], len(said) - len(seen))
-    with pytest.raises(ConfigError, match="history=-1"):
-        replace(run.config.generate, history=-1)
 
 
 def test_conversations_beside_each_other_do_not_disturb_each_other(run):
