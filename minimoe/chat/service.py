@@ -5,6 +5,7 @@ import dataclasses
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
@@ -14,6 +15,8 @@ from pathlib import Path
 from minimoe.checkpoint import SHIPPED, Run, checkpoints, load
 from minimoe.config import GenerateConfig, load_config
 from minimoe.settings import ConfigError, check_choices, need, to_dict
+
+TURN = 0.005            # seconds that one answer is written before it is another's turn
 
 
 class NotThere(ConfigError):
@@ -103,7 +106,7 @@ class Service:
                  runs: Path = Path("runs")):
         self.first, self.step, self.device, self.limits, self.folder = str(Path(first)), step, device, limits or Limits(), runs
         self.lock, self.places = threading.Lock(), threading.Semaphore(self.limits.parallel)
-        self.writing, self.waiting, self.loaded = 0, 0, {}
+        self.writing, self.waiting, self.loaded, self.turns = 0, 0, {}, Turns()
 
     def runs(self) -> dict[str, Path]:
         """The name and the folder of every run, the default one first."""
@@ -170,8 +173,12 @@ class Service:
             started = time.monotonic()
             stream = run.stream(q.prompt, seed=q.seed) if q.messages is None else run.chat(q.messages, seed=q.seed)
             with closing(stream) as pieces:
-                for piece in pieces:
-                    yield piece
+                while True:
+                    with self.turns:                    # side by side they would wait for each other at every operation
+                        some = [*_for(TURN, pieces)]
+                    if not some:
+                        return
+                    yield from some
                     if time.monotonic() - started > limits.max_seconds:
                         raise OutOfTime(f"stopped: an answer may take {limits.max_seconds:g} s")
 
@@ -199,6 +206,42 @@ class Service:
             with self.lock:
                 self.writing -= 1
             self.places.release()
+
+
+def _for(seconds: float, pieces: Iterator[str]) -> Iterator[str]:
+    """The next piece, and those after it that are made within so many seconds."""
+    until = time.monotonic() + seconds
+    for piece in pieces:
+        yield piece
+        if time.monotonic() >= until:
+            return
+
+
+class Turns:
+    """A lock that is given in the order in which it was asked for.
+
+    >>> turns = Turns()
+    >>> with turns:
+    ...     len(turns.queue)
+    1
+    """
+
+    def __init__(self):
+        self.lock, self.queue = threading.Lock(), deque()
+
+    def __enter__(self) -> None:
+        gate = threading.Event()
+        with self.lock:
+            self.queue.append(gate)
+            if self.queue[0] is gate:
+                gate.set()
+        gate.wait()
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.queue.popleft()
+            if self.queue:
+                self.queue[0].set()
 
 
 def paced(pieces: Iterator[str], per_second: float = 20) -> Iterator[str]:

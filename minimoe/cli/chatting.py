@@ -63,7 +63,7 @@ def chat(argv: list[str]) -> None:
     need(0 <= args.seed < 2**63, f"seed={args.seed}: from 0 to 2^63 - 1")
     from minimoe.device import choose, tune_cpu
 
-    # answers at once share the cores: two threads each, four at once on two cores, took twice the CPU time (LOG.md)
+    # each thread of the server brings CPU threads of its own: with few for each, answers share the cores (LOG.md)
     tune_cpu(max(1, (os.cpu_count() or 1) // max(1, args.parallel)) if args.web else 0)
     folder, device = args.run or newest_run(), str(choose(args.device, "float32").device)
     if args.run is None:
