@@ -123,3 +123,10 @@ def test_a_closed_pipe_is_no_error():
     code = f"{sys.executable} -m minimoe explore shipped --text {'abc ' * 40!r} | head -1"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_info_counts_runs_configs_and_stages(capsys):
+    counts = {"shipped": load("shipped").config.model.num_params(), "configs/stages.yaml": 4_923_456}
+    counts["configs/pydocs.yaml"] = counts["shipped"]                       # made by it
+    for what, parameters in counts.items():
+        assert main(["info", what]) == 0 and capsys.readouterr().out.split()[0] == f"{parameters:,}"

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from minimoe.cli.parse import open_run, parse
-from minimoe.config import load_config
+from minimoe.config import load_config, read_yaml
 from minimoe.data.sources import read_text
 from minimoe.settings import ConfigError, need
 
@@ -154,15 +154,20 @@ def info(argv: list[str]) -> None:
 
     path = Path(args.what)
     if path.suffix in (".yaml", ".yml"):
-        config = load_config(path)
-        if config.model.vocab_size is None:      # nothing trained yet: count with the size that the config asks for
-            model = dataclasses.replace(config.model, vocab_size=config.data.tokenizer_vocab)
-            config = dataclasses.replace(config, model=model)
+        from minimoe.stages import ORDER, load_stages
+
+        values = read_yaml(path)
+        if isinstance(values, dict) and values.keys() & set(ORDER):
+            m = load_stages(path).model
+            data = next(stage.data for name in ORDER if (stage := getattr(load_stages(path), name)).enabled)
+        else:
+            m, data = load_config(path).model, load_config(path).data
+        if m.vocab_size is None:                 # nothing trained yet: count with the size that the config asks for
+            m = dataclasses.replace(m, vocab_size=data.tokenizer_vocab)
     else:
         from minimoe.checkpoint import load
 
-        config = load(args.what).config
-    m = config.model
+        m = load(args.what).config.model
     print(f"{m.num_params():>14,} parameters\n{m.active_params():>14,} active per token\n"
           f"{m.flops_per_token():>14,} forward FLOPs per token, at {m.max_seq_len} tokens\n"
           f"{m.kv_bytes_per_token():>14,} bytes of key/value cache per token (float32)\n"
