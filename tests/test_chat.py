@@ -283,6 +283,13 @@ def test_pacing_begins_at_once_and_loses_nothing():
     assert "".join(stream) == "".join(f"{i} " for i in range(1, 1000))
 
 
+def test_a_long_answer_is_shown_less_often(monkeypatch):
+    now = iter(i * 0.001 for i in range(10**6))                 # a piece of ten letters a millisecond
+    monkeypatch.setattr(rooms.time, "monotonic", lambda: next(now))
+    shown = [len(text) for text in paced(("x" * 10 for _ in range(20_000)), per_second=20, per_character=1e-5)]
+    assert shown[1] < 1000 and shown[-2] > 4 * shown[1] and sum(shown) == 200_000
+
+
 def test_limits_are_checked(service):
     with pytest.raises(ConfigError, match="20,001 characters"):
         next(service.answer(Question(prompt="x" * 20_001)))

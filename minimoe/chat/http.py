@@ -50,6 +50,9 @@ class Guard:
         if scope["path"].startswith("/gradio_api/upload"):
             return await refuse(404, "nothing can be uploaded here")
         if length.isdigit() and int(length) > most:
+            left = PAGE_BYTES                   # read up to here, or who is still sending would not see the answer
+            while left > 0 and (message := await receive()).get("more_body"):
+                left -= len(message["body"])
             return await refuse(413, too_long)
         try:
             await self.app(scope, counted, watched)

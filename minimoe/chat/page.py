@@ -53,7 +53,7 @@ def make_page(service: Service) -> gradio.Blocks:
         try:
             question = Question(messages=tuple(said), run=name, step=int(step) if step else None, max_new_tokens=length,
                                 temperature=temperature, top_k=top_k, top_p=top_p, seed=secrets.randbelow(2**31))
-            for piece in paced(service.answer(question)):
+            for piece in paced(service.answer(question), per_character=1e-5):
                 text += piece
                 yield text
         except ValueError as error:                     # gr.Error would leave the page without its button to send

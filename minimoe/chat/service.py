@@ -244,18 +244,20 @@ class Turns:
                 self.queue[0].set()
 
 
-def paced(pieces: Iterator[str], per_second: float = 20) -> Iterator[str]:
-    """The first piece at once, then what has come together, at most so many times a second.
+def paced(pieces: Iterator[str], per_second: float = 20, per_character: float = 0.0) -> Iterator[str]:
+    """The first piece at once, then what has come together, at most so many times a second; `per_character` are the seconds
+    that whoever shows it needs for each character that is there already, half a second in all at most.
 
     >>> list(paced((piece for piece in ["a", "", "b", "c"]), per_second=0.001))
     ['a', 'bc']
     """
-    collected, due = "", -math.inf
+    collected, due, shown = "", -math.inf, 0
     with closing(pieces):
         for piece in pieces:
             collected += piece
             if collected and time.monotonic() >= due:
                 yield collected
-                collected, due = "", time.monotonic() + 1 / per_second
+                shown += len(collected)
+                collected, due = "", time.monotonic() + max(1 / per_second, min(0.5, shown * per_character))
     if collected:
         yield collected
