@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import math
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import quoteattr
 
-from minimoe.plot import INK, LINE, MUTED, PALETTE, PAPER, SANS, ticks
+from minimoe.plot import INK, LINE, MUTED, PALETTE, picture, ticks, words
 
 WIDTH, LEFT, SPLIT, NAMES, RIGHT, TOP, ROW = 920, 56, 400, 650, 900, 56, 24      # pixels
 DASHES = ("", "6 3", "2 3")                     # a second and a third round of the colors
@@ -33,32 +33,31 @@ def draw(rows: list[tuple[str, float, float | None, list[tuple[float, float]]]],
            f"{', '.join(f'{name} {end:.3f}' for name, end, _, _ in rows)}; lowest: {best[0]}")
     points = [p for *_, curve in rows for p in curve]
     most = max(x for x, _ in points)
-    body = [_text(LEFT, 24, "Held-out bits per byte on the way", INK, 14, weight=600),
-            _text(SPLIT + 40, 24, "At the end" + (", with 95 % intervals over the seeds" if seeds > 1 else ", one seed"), INK, 14,
+    body = [words(LEFT, 24, "Held-out bits per byte on the way", INK, 14, weight=600),
+            words(SPLIT + 40, 24, "At the end" + (", with 95 % intervals over the seeds" if seeds > 1 else ", one seed"), INK, 14,
                   weight=600),
-            _text((LEFT + SPLIT) / 2, height - 12, cost, MUTED, 12, "middle"),
-            _text((NAMES + RIGHT) / 2, low + 40, "bits per byte", MUTED, 12, "middle")]
+            words((LEFT + SPLIT) / 2, height - 12, cost, MUTED, 12, "middle"),
+            words((NAMES + RIGHT) / 2, low + 40, "bits per byte", MUTED, 12, "middle")]
     x_of = lambda x: LEFT + (SPLIT - LEFT - 20) * x / most
     y_of, marks = _scale([y for _, y in points], floor, TOP - 16)
     for y in marks:
-        body += [_line(LEFT, y_of(y), SPLIT - 20, y_of(y), LINE), _text(LEFT - 6, y_of(y) + 4, f"{y:g}", MUTED, 11, "end")]
+        body += [_line(LEFT, y_of(y), SPLIT - 20, y_of(y), LINE), words(LEFT - 6, y_of(y) + 4, f"{y:g}", MUTED, 11, "end")]
     for x in ticks(0, most, 4):
-        body.append(_text(x_of(x), floor + 18, si(x), MUTED, 11, "middle"))
+        body.append(words(x_of(x), floor + 18, si(x), MUTED, 11, "middle"))
     place, marks = _scale([end + sign * (half or 0) for _, end, half, _ in rows for sign in (-1, 1)], NAMES, RIGHT - 10)
     for x in marks:
-        body += [_line(place(x), TOP - 16, place(x), low, LINE), _text(place(x), low + 18, f"{x:g}", MUTED, 11, "middle")]
+        body += [_line(place(x), TOP - 16, place(x), low, LINE), words(place(x), low + 18, f"{x:g}", MUTED, 11, "middle")]
     for i, (name, end, half, curve) in enumerate(rows):
         color, dash, y = PALETTE[i % 8], DASHES[i // 8 % 3], TOP + ROW * i
         path = "M" + "L".join(f"{x_of(x):.1f} {y_of(v):.1f}" for x, v in curve)
         body.append(f'<g data-name={quoteattr(name)} data-bpb="{end:.5f}">'
                     f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>'
                     + "".join(f'<circle cx="{x_of(x):.1f}" cy="{y_of(v):.1f}" r="2.5" fill="{color}"/>' for x, v in curve[-1:])
-                    + _line(SPLIT + 10, y, SPLIT + 32, y, color, 3, dash) + _text(SPLIT + 40, y + 4, name if len(name) < 31 else name[:29] + "…", INK, 12)
+                    + _line(SPLIT + 10, y, SPLIT + 32, y, color, 3, dash) + words(SPLIT + 40, y + 4, name if len(name) < 31 else name[:29] + "…", INK, 12)
                     + (_line(place(end - half), y, place(end + half), y, color, 3) if half is not None else "")
                     + f'<circle cx="{place(end):.1f}" cy="{y}" r="5" fill="{color}" stroke="{INK}"/></g>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" '
-            f'aria-label={quoteattr(alt)} style="max-width:100%;height:auto">\n<title>{escape(alt)}</title>\n'
-            f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{PAPER}"/>\n' + "\n".join(body) + "\n</svg>")
+    note = "Curves over the cost, end points with their intervals beside them."
+    return picture(alt, note, "\n".join(body), height, WIDTH)
 
 
 def _scale(values: list[float], start: float, end: float):
@@ -67,11 +66,6 @@ def _scale(values: list[float], start: float, end: float):
     room = 0.06 * (high - low) or 0.05
     low, high = low - room, high + room
     return (lambda v: start + (end - start) * (v - low) / (high - low)), ticks(low, high)
-
-
-def _text(x: float, y: float, text: str, color: str, size: float, anchor: str = "start", weight: int = 400) -> str:
-    return (f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}" font-size="{size}" font-weight="{weight}" '
-            f'text-anchor="{anchor}" font-family="{SANS}">{escape(text)}</text>')
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, color: str, width: float = 1, dash: str = "") -> str:

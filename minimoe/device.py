@@ -85,8 +85,8 @@ def _dtype(device: torch.device, name: str) -> tuple[torch.dtype, str]:
 def tune_cpu(threads: int = 0) -> None:
     """Sets the thread count, and tells glibc to keep freed memory rather than hand it back at every step.
 
-    Returning and re-faulting large blocks costs up to a third of a training step. In bfloat16 every new number of rows
-    leaves a prepared kernel behind, of some 2 MB: PyTorch keeps 1,024, here 128 stay, for some 3 % of the time (LOG.md).
+    Returning and re-faulting large blocks costs up to a third of a training step. In bfloat16 every new shape of a product
+    leaves a prepared kernel behind, of some 2 MB: PyTorch keeps 1,024, here 128 stay (LOG.md).
     Does nothing where it does not apply. Called by the command line and the Trainer, never on import.
 
     >>> tune_cpu()

@@ -55,8 +55,8 @@ class Experts(nn.Module):
 
         y[n] = sum over kept k of  weights[n, k] * expert[experts[n, k]](x[n])
 
-    A dropped choice contributes exactly zero. `dispatch` is "grouped" (one matrix product for all experts), "loop"
-    (one expert after the other) or "auto" (see `choose`). With `recompute` the hidden values are computed
+    A dropped choice contributes exactly zero. `dispatch` is "grouped" (one matrix product for all experts, or a few of
+    fixed sizes), "loop" (one expert after the other) or "auto" (see `choose`). With `recompute` the hidden values are computed
     again in the backward pass instead of kept. Raises ValueError where "grouped" cannot run.
 
     >>> experts = Experts(ModelConfig(dim=8, n_heads=2, n_experts=4, expert_hidden=16))
@@ -76,9 +76,9 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x_ND.device.type):        # grouped_mm does not know autocast: cast by hand
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             w13_EDF, w2_EHD = w13_EDF.to(dtype), w2_EHD.to(dtype)
-        run, round_to = choose(self.dispatch, routing.experts.numel(), w13_EDF, w2_EHD)
+        multiply, round_to = choose(self.dispatch, routing.experts.numel(), w13_EDF, w2_EHD)
         token_P, weight_P, counts_E = sort_by_expert(routing, w13_EDF.shape[0], round_to)
-        compute = lambda x_ND, *w: self.compute(run, x_ND.index_select(0, token_P), counts_E, *w)
+        compute = lambda x_ND, *w: self.compute(multiply, x_ND.index_select(0, token_P), counts_E, *w)
         if self.recompute and torch.is_grad_enabled():
             compute = partial(checkpoint, compute, use_reentrant=False)
         y_PD = compute(x_ND.to(dtype), w13_EDF, w2_EHD)
@@ -87,8 +87,8 @@ class Experts(nn.Module):
     def weights(self) -> tuple[Tensor, Tensor]:
         return self.w13_EDF, self.w2_EHD
 
-    def compute(self, run: Callable[..., Tensor], x_PD: Tensor, counts_E: Tensor, *w: Tensor) -> Tensor:
-        return run(x_PD, counts_E, *w, self.activation)
+    def compute(self, multiply: Callable[..., Tensor], x_PD: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor) -> Tensor:
+        return multiply(activate(multiply(x_PD, w13_EDF, counts_E), self.activation), w2_EHD, counts_E)
 
 
 class WeightedSum(torch.autograd.Function):
@@ -110,33 +110,33 @@ class WeightedSum(torch.autograd.Function):
     def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_PD, weight_P, token_P = ctx.saved_tensors
         grad_PD = grad_ND.index_select(0, token_P)
-        grad_weight_P = (grad_PD * y_PD).sum(-1).to(weight_P.dtype)
-        return (grad_PD * weight_P[:, None]).to(y_PD.dtype), grad_weight_P, None, None
+        grad_weight_P = (y_PD.to(grad_PD.dtype) * grad_PD).sum(-1).to(weight_P.dtype)
+        return grad_PD.mul_(weight_P[:, None]).to(y_PD.dtype), grad_weight_P, None, None
 
 
 def choose(dispatch: str, n_pairs: int, w13_EDF: Tensor, w2_EHD: Tensor) -> tuple[Callable[..., Tensor], int]:
-    """The function that runs the experts, and the `round_to` that it wants. Each case but the first two was measured on
-    CPUs (LOG.md): few pairs, as when text is written, are bound by reading the weights, and in bfloat16 every new number
-    of rows has its price. Raises ValueError where dispatch="grouped" cannot run.
+    """The product of sorted rows with their experts' matrices, and the `round_to` that it wants. Each case but the first two
+    was measured on CPUs (LOG.md): few pairs are bound by reading the weights, and in bfloat16 every new number of rows has
+    its price. Raises ValueError where dispatch="grouped" cannot run.
 
     >>> choose("auto", 4096, torch.zeros(4, 8, 16), torch.zeros(4, 8, 8))[0].__name__
-    'grouped_experts'
+    'grouped'
     """
     reason, on_cpu, n_experts = cannot_group(w13_EDF, w2_EHD), w13_EDF.device.type == "cpu", len(w13_EDF)
     if dispatch == "grouped" and reason:
         raise ValueError(f'dispatch="grouped" cannot run here: {reason}; use dispatch="auto"')
     if dispatch == "auto" and on_cpu and n_experts <= n_pairs <= 8 * n_experts:
-        return batched_experts, 0
+        return batched, 0
     if dispatch == "loop" or reason or dispatch == "auto" and on_cpu and n_pairs < n_experts:
-        return loop_experts, 1
-    return grouped_experts, 64 if on_cpu and w13_EDF.dtype == torch.bfloat16 else 1
+        return looped, 1
+    prepared = on_cpu and w13_EDF.dtype == torch.bfloat16
+    return blocked if prepared and n_pairs > 512 * n_experts else grouped, 64 if prepared else 1
 
 
 def sort_by_expert(routing: Routing, n_experts: int, round_to: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """The kept pairs in the order of their experts: token (P,), weight (P,), rows per expert (E,).
 
-    `round_to` fills each expert's rows up to a multiple with pairs of weight zero: oneDNN prepares a kernel for every
-    new number of rows in bfloat16, and few different numbers are what makes it fast. 0 fills all up to the fullest.
+    `round_to` fills each expert's rows up to a multiple with pairs of weight zero; 0 fills all up to the fullest.
 
     >>> from minimoe.router import softmax_topk
     >>> r = softmax_topk(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 1.0]]), k=1)
@@ -165,42 +165,80 @@ def sort_by_expert(routing: Routing, n_experts: int, round_to: int = 1) -> tuple
             weight_P.new_zeros(size).index_copy(0, place_P, weight_P), filled_E)
 
 
-def loop_experts(x_PD: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor, activation: str) -> Tensor:
-    """The reference: each expert in turn, on its own block of rows. (P, D) to (P, D).
+def looped(x_PD: Tensor, w_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    """The reference: the rows of each expert in turn, times its matrix. (P, D) to (P, F), as the three below.
 
-    >>> x, counts, w13, w2 = torch.ones(3, 2), torch.tensor([1, 2]), torch.ones(2, 2, 2), torch.ones(2, 2, 2)
-    >>> loop_experts(x, counts, w13, w2, "gelu").shape
-    torch.Size([3, 2])
+    >>> looped(torch.ones(3, 2), torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), torch.tensor([1, 2])).flatten()
+    tensor([3., 7., 7.])
     """
-    parts, counts = [x_PD[:0]], counts_E.tolist()
-    if torch.is_grad_enabled():     # w[e] would make a gradient of full size for every expert
-        w13_EDF, w2_EHD = w13_EDF.unbind(0), w2_EHD.unbind(0)
-    for e, x in enumerate(x_PD.split(counts)):
-        if counts[e]:
-            parts.append(activate(x @ w13_EDF[e], activation) @ w2_EHD[e])
-    return torch.cat(parts)
+    return torch.cat([x @ w for x, w in zip(x_PD.split(counts_E.tolist()), w_EDF.unbind(0))])
 
 
-def batched_experts(x_PD: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor, activation: str) -> Tensor:
-    """The same in two batched matrix products, where every expert has as many rows. (P, D) to (P, D).
+def batched(x_PD: Tensor, w_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    """The same in one batched matrix product, where every expert has as many rows.
 
-    >>> x, counts, w13, w2 = torch.ones(4, 4), torch.tensor([2, 2]), torch.ones(2, 4, 8), torch.ones(2, 4, 4)
-    >>> torch.equal(*(f(x, counts, w13, w2, "geglu") for f in (batched_experts, loop_experts)))
+    >>> x, w, counts = torch.randn(4, 8), torch.randn(2, 8, 4), torch.tensor([2, 2])
+    >>> torch.allclose(batched(x, w, counts), looped(x, w, counts), atol=1e-5)
     True
     """
-    x_ECD = x_PD.view(len(w13_EDF), -1, x_PD.shape[1])
-    return torch.bmm(activate(torch.bmm(x_ECD, w13_EDF), activation), w2_EHD).flatten(0, 1)
+    return torch.bmm(x_PD.view(len(w_EDF), -1, x_PD.shape[1]), w_EDF).flatten(0, 1)
 
 
-def grouped_experts(x_PD: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor, activation: str) -> Tensor:
-    """The same in two grouped matrix products. (P, D) to (P, D).
+def grouped(x_PD: Tensor, w_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    """The same in one grouped matrix product.
 
-    >>> x, counts, w13, w2 = torch.ones(3, 4), torch.tensor([1, 2]), torch.ones(2, 4, 8), torch.ones(2, 4, 4)
-    >>> torch.equal(*(f(x, counts, w13, w2, "swiglu") for f in (grouped_experts, loop_experts)))
+    >>> x, w, counts = torch.randn(3, 4), torch.randn(2, 4, 4), torch.tensor([1, 2])
+    >>> torch.allclose(grouped(x, w, counts), looped(x, w, counts), atol=1e-5)
     True
     """
-    ends_E = counts_E.cumsum(0).int()
-    return F.grouped_mm(activate(F.grouped_mm(x_PD, w13_EDF, offs=ends_E), activation), w2_EHD, offs=ends_E)
+    return F.grouped_mm(x_PD, w_EDF, offs=counts_E.cumsum(0).int())
+
+
+def blocked(x_PD: Tensor, w_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    """The same in products of eight sizes, where all counts are multiples of 64: in bfloat16 on a CPU oneDNN prepares a kernel
+    for each number of rows that it meets. Many small blocks cost more than the kernels.
+
+    >>> x, w, counts = torch.randn(128, 8), torch.randn(2, 8, 4), torch.tensor([0, 128])
+    >>> torch.allclose(blocked(x, w, counts), looped(x, w, counts), atol=1e-5)
+    True
+    """
+    return _Blocked.apply(x_PD, w_EDF, *cut(counts_E.tolist()))
+
+
+class _Blocked(torch.autograd.Function):
+    """`blocked`, and the two products of its backward pass, of the same few sizes."""
+
+    @staticmethod
+    def forward(ctx, x_PD: Tensor, w_EDF: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x_PD, w_EDF)
+        ctx.blocks, w, y_PF = (experts, sizes), w_EDF.unbind(0), x_PD.new_empty(len(x_PD), w_EDF.shape[-1])
+        for e, x, y in zip(experts, x_PD.split(sizes), y_PF.split(sizes)):
+            torch.mm(x, w[e], out=y)
+        return y_PF
+
+    @staticmethod
+    def backward(ctx, grad_PF: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (x_PD, w_EDF), (experts, sizes), (for_x, for_w, *_) = ctx.saved_tensors, ctx.blocks, ctx.needs_input_grad
+        grad_PD = _Blocked.apply(grad_PF, w_EDF.mT, experts, sizes) if for_x else None
+        grad_EDF = torch.zeros_like(w_EDF) if for_w else None
+        for before, e, x, grad in zip([None, *experts], experts, x_PD.split(sizes), grad_PF.split(sizes)) if for_w else ():
+            grad_EDF[e].addmm_(x.T, grad, beta=int(e == before))
+        return grad_PD, grad_EDF, None, None
+
+
+def cut(counts: list[int]) -> tuple[list[int], list[int]]:
+    """Blocks of rows, whose they are and how many rows each has: the smallest of an expert first, as their sum is rounded.
+
+    >>> cut([1088, 0, 320])
+    ([0, 0, 2, 2], [64, 1024, 64, 256])
+    """
+    experts, sizes = [], []
+    for e, rows in enumerate(counts):
+        first = len(sizes)
+        while rows:
+            sizes.insert(first, next(size for size in (1024, 768, 512, 384, 256, 192, 128, 64) if size <= rows))
+            experts, rows = experts + [e], rows - sizes[first]
+    return experts, sizes
 
 
 def cannot_group(w13_EDF: Tensor, w2_EHD: Tensor) -> str | None:

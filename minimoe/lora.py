@@ -20,14 +20,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimoe.config import TrainConfig
-from minimoe.experts import Experts, activate, batched_experts, cannot_group, grouped_experts
+from minimoe.experts import Experts, activate, cannot_group, grouped, looped
 from minimoe.model import Dropout, MoETransformer
 from minimoe.nf4 import NF4, FrozenProduct
 from minimoe.settings import need
@@ -72,25 +71,23 @@ class LoraExperts(Experts):
         return tuple(torch.empty(1, dtype=q.dtype, device=q.codes_MP.device).expand(q.shape)
                      if (q := getattr(self, f"nf4_{name}", None)) is not None else getattr(self, name) for name in self.parts)
 
-    def compute(self, run, x_PD: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor) -> Tensor:
-        if not self.active and not hasattr(self, "nf4_w13_EDF"):
-            return super().compute(run, x_PD, counts_E, w13_EDF, w2_EHD)
-        hidden_PH = activate(self.product(run, x_PD, counts_E, w13_EDF, "w13_EDF"), self.activation)
-        return self.product(run, hidden_PH, counts_E, w2_EHD, "w2_EHD")
+    def compute(self, multiply, x_PD: Tensor, counts_E: Tensor, w13_EDF: Tensor, w2_EHD: Tensor) -> Tensor:
+        hidden_PH = activate(self.product(multiply, x_PD, counts_E, w13_EDF, "w13_EDF"), self.activation)
+        return self.product(multiply, hidden_PH, counts_E, w2_EHD, "w2_EHD")
 
-    def product(self, run, x_PD: Tensor, counts_E: Tensor, w_EDF: Tensor, name: str) -> Tensor:
-        multiply, (a, b) = PRODUCTS.get(run, looped), self.parts[name]
+    def product(self, multiply, x_PD: Tensor, counts_E: Tensor, w_EDF: Tensor, name: str) -> Tensor:
+        a, b = self.parts[name]
         if hasattr(self, f"nf4_{name}"):
-            y_PF = FrozenProduct.apply(x_PD, getattr(self, f"nf4_{name}"), partial(multiply, counts_E),
-                                       lambda g, w: multiply(counts_E, g, w.mT))
+            y_PF = FrozenProduct.apply(x_PD, getattr(self, f"nf4_{name}"), lambda x, w: multiply(x, w, counts_E),
+                                       lambda g, w: multiply(g, w.mT, counts_E))
         else:
-            y_PF = multiply(counts_E, x_PD, w_EDF)
+            y_PF = multiply(x_PD, w_EDF, counts_E)
         if not (self.active and hasattr(self, a)):
             return y_PF
         a_EDR, b_ERF = getattr(self, a).to(x_PD.dtype), getattr(self, b).to(x_PD.dtype)
         if multiply is grouped and cannot_group(a_EDR, b_ERF):      # a rank that is not a multiple of 16 bytes
             multiply = looped
-        return y_PF + multiply(counts_E, multiply(counts_E, self.dropout(x_PD), a_EDR) * self.scale, b_ERF)
+        return y_PF + multiply(multiply(self.dropout(x_PD), a_EDR, counts_E) * self.scale, b_ERF, counts_E)
 
     def make(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
         e, d, f = dict(zip(self.parts, self.weights()))[name].shape
@@ -101,19 +98,6 @@ class LoraExperts(Experts):
         return a_EDR @ b_ERF * self.scale
 
 
-def looped(counts_E: Tensor, x_PD: Tensor, w_EDF: Tensor) -> Tensor:
-    return torch.cat([x @ w for x, w in zip(x_PD.split(counts_E.tolist()), w_EDF.unbind(0))])
-
-
-def batched(counts_E: Tensor, x_PD: Tensor, w_EDF: Tensor) -> Tensor:
-    return torch.bmm(x_PD.view(len(w_EDF), -1, x_PD.shape[1]), w_EDF).flatten(0, 1)
-
-
-def grouped(counts_E: Tensor, x_PD: Tensor, w_EDF: Tensor) -> Tensor:
-    return F.grouped_mm(x_PD, w_EDF, offs=counts_E.cumsum(0).int())
-
-
-PRODUCTS = {batched_experts: batched, grouped_experts: grouped}     # else looped: one product of what each of them does two of
 ADAPTED = (LoraLinear, LoraExperts)
 
 

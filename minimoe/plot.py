@@ -106,12 +106,12 @@ def words(x: float, y: float, text: str, color: str, size: float, anchor: str = 
             f'text-anchor="{anchor}" font-family="{font}">{escape(text)}</text>')
 
 
-def picture(alt: str, note: str, body: str, height: float) -> str:
+def picture(alt: str, note: str, body: str, height: float, width: int = WIDTH) -> str:
     """A whole SVG on white paper, with its alternative text."""
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" role="img" '
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" width="{width}" role="img" '
             f'aria-label={quoteattr(alt)} style="max-width:100%;height:auto">\n'
             f"<title>{escape(alt)}</title>\n<desc>{escape(note)}</desc>\n"
-            f'<rect width="{WIDTH}" height="{height:.0f}" rx="8" fill="{PAPER}"/>\n{body}\n</svg>')
+            f'<rect width="{width}" height="{height:.0f}" rx="8" fill="{PAPER}"/>\n{body}\n</svg>')
 
 
 def _axes(x: float, y: float, width: float, height: float, title: str, xs: tuple, ys: tuple, form: str = "g"):

@@ -28,8 +28,8 @@ def test_doctor_says_why_it_takes_these_threads_and_checks_the_dtype_asked_for(c
 
 
 def test_a_machine_that_computes_wrongly_is_noticed(monkeypatch, capsys):
-    right = experts.grouped_experts
-    monkeypatch.setattr(experts, "grouped_experts", lambda *args: right(*args) * 1.2)
+    right = experts.grouped
+    monkeypatch.setattr(experts, "grouped", lambda *args: right(*args) * 1.2)
     assert "DIFFERS from" in doctor.parity(choose("cpu", "float32"))[0]
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "--device", "cpu"])

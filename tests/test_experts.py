@@ -5,15 +5,7 @@ import pytest
 import torch
 
 from minimoe.config import ModelConfig
-from minimoe.experts import (
-    Experts,
-    batched_experts,
-    cannot_group,
-    choose,
-    grouped_experts,
-    loop_experts,
-    sort_by_expert,
-)
+from minimoe.experts import Experts, batched, blocked, cannot_group, choose, cut, grouped, looped, sort_by_expert
 from minimoe.router import expert_choice, hash_routing, sigmoid_topk, softmax_topk, within_capacity
 from tests import reference
 
@@ -97,13 +89,42 @@ def test_rounding_rows_up_changes_nothing():
     assert torch.allclose(got, build("loop")(x, routing), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("counts", [[1088, 0, 64, 3008], [0, 0, 0, 0], [128, 128, 128, 128]])
+@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
+def test_blocks_of_few_sizes_give_the_product_of_all_rows(counts, dtype, most):
+    """In bfloat16 the gradient of a weight is rounded once a block, the smallest first."""
+    generator, n = torch.Generator().manual_seed(0), sum(counts)
+    x, w, grad = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((n, 16), (4, 16, 24), (n, 24)))
+    found = []
+    for product, kind in ((looped, torch.float64), (blocked, dtype)):
+        given = [t.to(kind).requires_grad_() for t in (x, w)]
+        y = product(*given, torch.tensor(counts))
+        y.backward(grad.to(kind))
+        found.append([y.detach().double(), *(t.grad.double() for t in given)])
+    for want, got in zip(*found):
+        assert got.shape == want.shape and (got - want).norm() <= most * want.norm()
+    frozen = blocked(given[0], w, torch.tensor(counts))
+    assert torch.equal(torch.autograd.grad(frozen.sum(), given[0])[0], looped(torch.ones_like(grad), w.mT, torch.tensor(counts)))
+
+
+def test_any_number_of_rows_is_cut_into_few_sizes():
+    """Each size of a block is a kernel that oneDNN keeps: eight of them, however uneven the experts are."""
+    found = set()
+    for rows in range(0, 10_000, 64):
+        experts, sizes = cut([64, rows, 128])
+        assert sizes == [64, *sorted(sizes[1:-1]), 128] and sum(sizes[1:-1]) == rows
+        assert experts == [0] + [1] * (len(sizes) - 2) + [2] and len(sizes) - 2 <= rows // 1024 + 2
+        found |= set(sizes)
+    assert len(found) == 8
+
+
 def test_auto_chooses_by_the_number_of_pairs():
     weights = torch.zeros(8, 16, 32), torch.zeros(8, 16, 16)
     chosen = [choose("auto", n, *weights) for n in (2, 8, 64, 65)]
-    assert chosen == [(loop_experts, 1), (batched_experts, 0), (batched_experts, 0), (grouped_experts, 1)]
-    assert choose("auto", 1000, *(w.bfloat16() for w in weights)) == (grouped_experts, 64)
-    assert choose("auto", 1000, *(w.double() for w in weights)) == (loop_experts, 1)
-    assert [choose(d, 8, *weights)[0] for d in ("loop", "grouped")] == [loop_experts, grouped_experts]
+    assert chosen == [(looped, 1), (batched, 0), (batched, 0), (grouped, 1)]
+    assert [choose("auto", n, *(w.bfloat16() for w in weights)) for n in (1000, 5000)] == [(grouped, 64), (blocked, 64)]
+    assert choose("auto", 1000, *(w.double() for w in weights)) == (looped, 1)
+    assert [choose(d, 8, *weights)[0] for d in ("loop", "grouped")] == [looped, grouped]
 
 
 def test_no_tokens_at_all():

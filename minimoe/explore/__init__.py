@@ -7,11 +7,9 @@ from minimoe.explore.specialisation import (
     specialisation_difference,
     token_identity_router,
 )
-from minimoe.explore.svg import load_figure
 from minimoe.explore.text import labels
 from minimoe.explore.trace import LayerTrace, RoutingTrace, routing_trace
 from minimoe.explore.view import RoutingView, view
 
-__all__ = ["LayerTrace", "RoutingTrace", "RoutingView", "Specialisation", "labels", "load_figure", "mutual_information",
-           "permutation_null", "routing_trace", "specialisation", "specialisation_difference", "token_identity_router",
-           "view"]
+__all__ = ["LayerTrace", "RoutingTrace", "RoutingView", "Specialisation", "labels", "mutual_information",
+           "permutation_null", "routing_trace", "specialisation", "specialisation_difference", "token_identity_router", "view"]

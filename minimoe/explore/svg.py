@@ -74,14 +74,6 @@ def routing_svg(trace: RoutingTrace, index: int | None = None, max_shown: int = 
     return picture(alt_text(trace, layer.index), note, "\n".join([*head, *body, load]), y + 16 + height)
 
 
-def load_figure(trace: RoutingTrace, index: int | None = None) -> str:
-    """The load of every expert in one layer as an SVG: bars by number, and a line at an even share."""
-    layer = trace.layer(index)
-    load, height = _load(layer, 16)
-    return picture(alt_text(trace, layer.index), "Each expert's share of the load; the dashed line is an even share.",
-                   load, 16 + height)
-
-
 def _digits(expert: int) -> float:
     """Width that the number of an expert needs under a token."""
     return 5.0 + 6.5 * len(str(expert))
