@@ -56,8 +56,7 @@ def draw(rows: list[tuple[str, float, float | None, list[tuple[float, float]]]],
                     + _line(SPLIT + 10, y, SPLIT + 32, y, color, 3, dash) + words(SPLIT + 40, y + 4, name if len(name) < 31 else name[:29] + "…", INK, 12)
                     + (_line(place(end - half), y, place(end + half), y, color, 3) if half is not None else "")
                     + f'<circle cx="{place(end):.1f}" cy="{y}" r="5" fill="{color}" stroke="{INK}"/></g>')
-    note = "Curves over the cost, end points with their intervals beside them."
-    return picture(alt, note, "\n".join(body), height, WIDTH)
+    return picture(alt, "Curves over the cost, end points with their intervals beside them.", "\n".join(body), height, WIDTH)
 
 
 def _scale(values: list[float], start: float, end: float):

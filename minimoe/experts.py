@@ -195,7 +195,7 @@ def grouped(x_PD: Tensor, w_EDF: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def blocked(x_PD: Tensor, w_EDF: Tensor, counts_E: Tensor) -> Tensor:
-    """The same in products of eight sizes, where all counts are multiples of 64: in bfloat16 on a CPU oneDNN prepares a kernel
+    """The same in products of six sizes, where all counts are multiples of 64: in bfloat16 on a CPU oneDNN prepares a kernel
     for each number of rows that it meets. Many small blocks cost more than the kernels.
 
     >>> x, w, counts = torch.randn(128, 8), torch.randn(2, 8, 4), torch.tensor([0, 128])
@@ -236,7 +236,7 @@ def cut(counts: list[int]) -> tuple[list[int], list[int]]:
     for e, rows in enumerate(counts):
         first = len(sizes)
         while rows:
-            sizes.insert(first, next(size for size in (1024, 768, 512, 384, 256, 192, 128, 64) if size <= rows))
+            sizes.insert(first, next(size for size in (1024, 512, 256, 192, 128, 64) if size <= rows))
             experts, rows = experts + [e], rows - sizes[first]
     return experts, sizes
 

@@ -108,14 +108,14 @@ def test_blocks_of_few_sizes_give_the_product_of_all_rows(counts, dtype, most):
 
 
 def test_any_number_of_rows_is_cut_into_few_sizes():
-    """Each size of a block is a kernel that oneDNN keeps: eight of them, however uneven the experts are."""
+    """Each size of a block is a kernel that oneDNN keeps: six of them, however uneven the experts are."""
     found = set()
     for rows in range(0, 10_000, 64):
         experts, sizes = cut([64, rows, 128])
         assert sizes == [64, *sorted(sizes[1:-1]), 128] and sum(sizes[1:-1]) == rows
-        assert experts == [0] + [1] * (len(sizes) - 2) + [2] and len(sizes) - 2 <= rows // 1024 + 2
+        assert experts == [0] + [1] * (len(sizes) - 2) + [2] and len(sizes) - 2 <= rows // 1024 + 3
         found |= set(sizes)
-    assert len(found) == 8
+    assert len(found) == 6
 
 
 def test_auto_chooses_by_the_number_of_pairs():
