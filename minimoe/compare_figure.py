@@ -68,5 +68,4 @@ def _scale(values: list[float], start: float, end: float):
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, color: str, width: float = 1, dash: str = "") -> str:
-    return (f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="{color}" stroke-width="{width}" '
-            f'stroke-dasharray="{dash}"/>')
+    return f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="{color}" stroke-width="{width}" stroke-dasharray="{dash}"/>'

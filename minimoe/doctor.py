@@ -17,7 +17,8 @@ def dispatch(choice: Choice) -> str:
     if reason := cannot_group(w13_EDF, w2_EHD):
         return f"dispatch loop: {reason}"
     return (f"dispatch grouped: grouped_mm runs on {choice.device.type} in {str(choice.dtype).removeprefix('torch.')}; experts "
-            "whose rows are not a multiple of 16 bytes take the loop, a few tokens on a CPU the loop or batched products")
+            "whose rows are not a multiple of 16 bytes take the loop; on a CPU a few tokens the loop or batched products, and "
+            "in bfloat16 many tokens products of few sizes, whose kernels are prepared once")
 
 
 def parity(choice: Choice) -> list[str]:

@@ -89,7 +89,7 @@ class ModelConfig:
     capacity_factor: float | None = None
     """Places per expert and sequence, as a multiple of the even share, in training only; null drops nothing."""
     dispatch: Literal["auto", "grouped", "loop"] = "auto"
-    """How tokens reach their experts; auto takes the loop where grouped_mm cannot run, and faster ways for few tokens."""
+    """How tokens reach their experts; auto takes the loop where grouped_mm cannot run, and what is faster for few tokens and in bfloat16."""
     balance: Literal["none", "aux", "bias", "simbal"] = "aux"
     """What keeps the experts evenly used: nothing, the auxiliary loss, the selection bias, or similarity preservation."""
     aux_coef: float = 0.01
