@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 import torch
 
+from minimoe import experts
 from minimoe.config import ModelConfig
 from minimoe.experts import Experts, batched, blocked, cannot_group, choose, cut, grouped, looped, sort_by_expert
 from minimoe.router import expert_choice, hash_routing, sigmoid_topk, softmax_topk, within_capacity
@@ -105,6 +106,25 @@ def test_blocks_of_few_sizes_give_the_product_of_all_rows(counts, dtype, most):
         assert got.shape == want.shape and (got - want).norm() <= most * want.norm()
     frozen = blocked(given[0], w, torch.tensor(counts))
     assert torch.equal(torch.autograd.grad(frozen.sum(), given[0])[0], looped(torch.ones_like(grad), w.mT, torch.tensor(counts)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_layer_of_many_tokens_in_bfloat16_goes_through_blocks(recompute, monkeypatch):
+    """Near the loop in float32, in values and gradients, dropped choices included, and the same to the bit each time."""
+    used, product = [], experts.blocked
+    monkeypatch.setattr(experts, "blocked", lambda *args: used.append(args[0].dtype) or product(*args))
+    routing_of = lambda logits: within_capacity(softmax_topk(logits * 2, 2), 700, torch.zeros(len(logits), dtype=torch.long))
+    layer, twin = build("auto"), build("loop")
+    layer.recompute = recompute
+    want = outputs_and_gradients(twin, routing_of, n=1500, weights=tuple(twin.parameters()))
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(outputs_and_gradients(layer, routing_of, n=1500, weights=tuple(layer.parameters())))
+        layer.zero_grad()
+    assert set(used) == {torch.bfloat16} and len(used) == (8 if recompute else 4)
+    for got, again, exact in zip(*found, want):
+        assert torch.equal(got, again) and (got - exact).norm() < 0.02 * exact.norm()
 
 
 def test_any_number_of_rows_is_cut_into_few_sizes():
