@@ -98,7 +98,7 @@ def test_blocks_of_few_sizes_give_the_product_of_all_rows(counts, dtype, most):
     x, w, grad = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((n, 16), (4, 16, 24), (n, 24)))
     found = []
     for product, kind in ((looped, torch.float64), (blocked, dtype)):
-        given = [t.to(kind).requires_grad_() for t in (x, w)]
+        given = [t.to(kind, copy=True).requires_grad_() for t in (x, w)]
         y = product(*given, torch.tensor(counts))
         y.backward(grad.to(kind))
         found.append([y.detach().double(), *(t.grad.double() for t in given)])
