@@ -157,11 +157,10 @@ def info(argv: list[str]) -> None:
         from minimoe.stages import ORDER, load_stages
 
         values = read_yaml(path)
-        if isinstance(values, dict) and values.keys() & set(ORDER):
-            m = load_stages(path).model
-            data = next(stage.data for name in ORDER if (stage := getattr(load_stages(path), name)).enabled)
-        else:
-            m, data = load_config(path).model, load_config(path).data
+        staged = isinstance(values, dict) and values.keys() & set(ORDER)
+        config = load_stages(path) if staged else load_config(path)
+        data = next(stage.data for name in ORDER if (stage := getattr(config, name)).enabled) if staged else config.data
+        m = config.model
         if m.vocab_size is None:                 # nothing trained yet: count with the size that the config asks for
             m = dataclasses.replace(m, vocab_size=data.tokenizer_vocab)
     else:
