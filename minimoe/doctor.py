@@ -29,7 +29,7 @@ def parity(choice: Choice) -> list[str]:
                                     (choice.device, torch.float32, "auto"), (choice.device, choice.dtype, "auto")):
         torch.manual_seed(0)
         model = MoETransformer(dataclasses.replace(cfg, dispatch=dispatch)).to(device)
-        tokens = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(1)).to(device)
+        tokens = torch.randint(0, 64, (32, 65), generator=torch.Generator().manual_seed(1)).to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = model(tokens[:, :-1], tokens[:, 1:]).loss
         loss.backward()

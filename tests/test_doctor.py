@@ -36,6 +36,13 @@ def test_a_machine_that_computes_wrongly_is_noticed(monkeypatch, capsys):
     assert stop.value.code == 1
 
 
+def test_the_products_of_training_in_bfloat16_are_compared_too(monkeypatch):
+    right = experts.blocked
+    assert all("agrees with" in line for line in doctor.parity(choose("cpu", "bfloat16")))
+    monkeypatch.setattr(experts, "blocked", lambda *args: right(*args) * 1.2)
+    assert "DIFFERS from" in doctor.parity(choose("cpu", "bfloat16"))[1]
+
+
 def test_dispatch_is_explained():
     assert "dispatch grouped: grouped_mm runs on cpu in float32" in doctor.dispatch(choose("cpu", "float32"))
     odd = Choice(torch.device("cpu"), torch.float64, 1, ())
